@@ -1,0 +1,65 @@
+"""The only place where pixels change range, dtype, colour mode or file format."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+# A small file can claim a huge picture: refuse before it is decoded.
+Image.MAX_IMAGE_PIXELS = 32_000_000
+
+METADATA_KEY = "ldm"
+
+
+def to_tensor(image: Image.Image) -> Float[Tensor, "c h w"]:
+    """A grey or RGB picture as a float tensor in [−1, 1]."""
+    array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(rearrange(array if array.ndim == 3 else array[:, :, None], "h w c -> c h w") / 127.5 - 1.0)
+
+
+def to_image(tensor: Float[Tensor, "c h w"]) -> Image.Image:
+    """A float tensor in [−1, 1] as a picture, rounded half up; values outside are clipped."""
+    levels = ((tensor.detach().float().clamp(-1.0, 1.0) + 1.0) * 127.5 + 0.5).floor().clamp(0, 255)
+    array = rearrange(levels.to("cpu", torch.uint8), "c h w -> h w c").numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def grid(images: list[Image.Image], columns: int, gap: int = 4, colour: str = "white") -> Image.Image:
+    """Pictures of one size in rows of `columns`."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), colour)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, object] | None = None) -> None:
+    """Write a PNG, whole or not at all, with `settings` as JSON in its text chunk `ldm`. Replaces `path`."""
+    text = PngImagePlugin.PngInfo()
+    if settings is not None:
+        text.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            image.save(file, format="PNG", pnginfo=text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_settings(path: Path) -> dict[str, object] | None:
+    """The settings that `save_png` wrote, or None for a picture without them."""
+    with Image.open(path, formats=["PNG"]) as image:
+        text = getattr(image, "text", {}).get(METADATA_KEY)
+    return json.loads(text) if text else None
