@@ -1,0 +1,63 @@
+"""The parts of a latent-diffusion model together, and the checks that they fit one another."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from ldm.config import Config
+from ldm.models.autoencoder import AutoencoderConfig, PixelConfig
+from ldm.models.text import ClipTextConfig, LabelConfig
+from ldm.models.unet import UNetConfig
+
+
+class NoiseScheduleConfig(Config):
+    """β over `timesteps` steps: linear (DDPM) or linear in √β (latent diffusion's, "scaled_linear")."""
+
+    kind: Literal["scaled_linear", "linear"] = "scaled_linear"
+    beta_start: PositiveFloat = 0.00085
+    beta_end: PositiveFloat = 0.012
+    timesteps: PositiveInt = 1000
+
+
+class SamplingDefaults(Config):
+    """What a picture is drawn with where the user asks for nothing else."""
+
+    width: PositiveInt
+    height: PositiveInt
+    sampler: str = "ddim"
+    schedule: str = "trailing"
+    steps: PositiveInt = 30
+    guidance_scale: float = 7.5
+
+
+class ModelConfig(Config):
+    """Autoencoder, text encoder, UNet, noise schedule and what the UNet predicts."""
+
+    autoencoder: Annotated[AutoencoderConfig | PixelConfig, Field(discriminator="kind")]
+    text: Annotated[ClipTextConfig | LabelConfig, Field(discriminator="kind")]
+    unet: UNetConfig
+    noise_schedule: NoiseScheduleConfig = NoiseScheduleConfig()
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    sampling: SamplingDefaults
+
+    @property
+    def factor(self) -> int:
+        """Width and height of a picture must be multiples of this."""
+        return self.autoencoder.factor * self.unet.factor
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelConfig":
+        latent = self.autoencoder.latent_channels
+        if self.unet.out_channels != latent or self.unet.in_channels < latent:
+            raise ValueError(
+                f"the autoencoder has {latent} latent channels, the UNet reads {self.unet.in_channels} and writes "
+                f"{self.unet.out_channels}"
+            )
+        if self.unet.context_width != self.text.width:
+            raise ValueError(
+                f"the text encoder is {self.text.width} wide, the UNet's cross-attention expects {self.unet.context_width}"
+            )
+        for side in (self.sampling.width, self.sampling.height):
+            if side % self.factor:
+                raise ValueError(f"side {side} of sampling is not a multiple of {self.factor}")
+        return self

@@ -1,0 +1,199 @@
+"""A prompt becomes vectors: CLIP's text transformer through open_clip, or a learned vector per label."""
+
+import gzip
+import importlib.resources
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from ldm.cli import nearest
+from ldm.config import Config
+from ldm.errors import SettingError
+
+# open_clip's vocabulary: 256 bytes, the same 256 as word ends, the merges, and the two special tokens.
+BYTES_AND_SPECIALS = 514
+SPECIAL_TOKEN = re.compile(r"<(start|end)_of_text>", re.IGNORECASE)
+
+
+class ClipTextConfig(Config):
+    """Shape of the text transformer; the defaults are CLIP ViT-L/14's (123,060,480 parameters), as in SD 1.x."""
+
+    kind: Literal["clip"] = "clip"
+    width: PositiveInt = 768
+    layers: PositiveInt = 12
+    heads: PositiveInt = 12
+    context_length: PositiveInt = 77
+    # 514 + the number of merges; fewer than 49,408 means the first merges of open_clip's own file.
+    vocabulary: PositiveInt = 49408
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    # Which states the UNet reads: after the last block or after the one before it; both through the final norm.
+    hidden: Literal["last", "penultimate"] = "last"
+    # What fills the row behind the prompt: the end token (SD 1.x) or id 0 (SD 2.x and our own).
+    padding: Literal["end", "zero"] = "end"
+
+
+class LabelConfig(Config):
+    """A fixed vector for each of a few labels: class-conditional diffusion without a language."""
+
+    kind: Literal["labels"]
+    labels: tuple[str, ...]
+    width: PositiveInt = 64
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """What a text encoder says of b prompts: states per token for the UNet, and one vector per prompt."""
+
+    tokens: Float[Tensor, "b l d"]
+    pooled: Float[Tensor, "b p"]
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Turns prompts into vectors; the null prompt is the empty text."""
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        """The states of `prompts`. Raises SettingError for a prompt the encoder cannot read."""
+        ...
+
+    def words_cut(self, prompt: str) -> str:
+        """The end of `prompt` that does not fit into the context; empty if all fits."""
+        ...
+
+
+def open_clip_module() -> Any:
+    """open_clip, imported late because it is slow, also beside a torchvision that lacks its compiled operators.
+
+    torchvision from PyPI next to a CPU-only torch fails while it registers `nms`; declaring the two operators first
+    makes the import work. Nothing here calls them.
+    """
+    try:
+        import open_clip
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        open_clip_module.keep = library  # type: ignore[attr-defined]  # declarations live as long as this object
+        import open_clip
+    return open_clip
+
+
+@cache
+def tokenizer(vocabulary: int, context_length: int) -> Any:
+    """open_clip's byte-pair tokenizer, reduced to the first merges where the vocabulary is smaller."""
+    open_clip = open_clip_module()
+    if vocabulary == 49408:
+        return open_clip.SimpleTokenizer(context_length=context_length)
+    source = importlib.resources.files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(source.read_bytes()).decode("utf-8").split("\n")
+    kept = lines[: 1 + vocabulary - BYTES_AND_SPECIALS]  # the first line is a header
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "merges.txt.gz")
+        with gzip.open(path, "wb") as file:
+            file.write("\n".join(kept).encode("utf-8"))
+        made = open_clip.SimpleTokenizer(bpe_path=path, context_length=context_length)
+    assert made.vocab_size == vocabulary, (made.vocab_size, vocabulary)
+    return made
+
+
+def escape_special(prompt: str) -> str:
+    """`prompt` with a typed `<end_of_text>` broken up, so that it is read as words and not as the token."""
+    return SPECIAL_TOKEN.sub(lambda found: f"< {found[0][1:-1]} >", prompt)
+
+
+class ClipTextEncoder(nn.Module):
+    """CLIP's text tower, giving the states of every token.
+
+    Source: Radford et al. 2021, Section 2.4; for the penultimate states, Stable Diffusion 2's `FrozenOpenCLIPEmbedder`.
+    """
+
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        open_clip_module()
+        from open_clip.transformer import QuickGELU, TextTransformer
+
+        self.config = config
+        self.tower = TextTransformer(
+            context_length=config.context_length,
+            vocab_size=config.vocabulary,
+            width=config.width,
+            heads=config.heads,
+            layers=config.layers,
+            output_dim=None,
+            act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
+        )
+
+    def tokenize(self, prompts: Sequence[str]) -> Int[Tensor, "b l"]:
+        """Token ids: start, prompt, end, padding; a prompt that is too long is cut before the end token."""
+        config = self.config
+        ids = tokenizer(config.vocabulary, config.context_length)([escape_special(p) for p in prompts])
+        if config.padding == "end":
+            end = config.vocabulary - 1
+            after_end = (ids == end).cumsum(dim=1) - (ids == end).int() > 0
+            ids = ids.masked_fill(after_end, end)
+        return ids
+
+    def words_cut(self, prompt: str) -> str:
+        """The end of `prompt` that does not fit into `context_length` − 2 tokens."""
+        coder = tokenizer(self.config.vocabulary, self.config.context_length)
+        return coder.decode(coder.encode(escape_special(prompt))[self.config.context_length - 2 :]).strip()
+
+    def forward(self, ids: Int[Tensor, "b l"]) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d"]]:
+        """States of every token (the config's layer, normalised) and the state at the end token (last layer)."""
+        tower = self.tower
+        x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
+        mask = tower.attn_mask[: ids.shape[1], : ids.shape[1]].to(x.dtype)
+        states = x
+        for block in tower.transformer.resblocks:
+            before, states = states, block(states, attn_mask=mask)
+        chosen = states if self.config.hidden == "last" else before
+        last = tower.ln_final(states)
+        end = (ids == self.config.vocabulary - 1).int().argmax(dim=1)
+        return tower.ln_final(chosen), last[torch.arange(len(ids), device=ids.device), end]
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        """The states of `prompts`, in fp32."""
+        ids = self.tokenize(prompts).to(self.tower.positional_embedding.device)
+        tokens, pooled = self(ids)
+        return TextEmbedding(tokens.float(), pooled.float())
+
+
+class LabelEncoder(nn.Module):
+    """One token per label, and one for the null prompt: random vectors that stay as they are.
+
+    The UNet's key and value projections are linear, so what they learn of a label does not depend on its vector.
+    """
+
+    def __init__(self, config: LabelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(len(config.labels) + 1, config.width)
+
+    def words_cut(self, prompt: str) -> str:
+        """Nothing: a label is read whole or refused."""
+        return ""
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        """The vector of each label. Raises SettingError for a prompt that is no label of this model."""
+        indices = []
+        for prompt in prompts:
+            label = prompt.strip()
+            if label and label not in self.config.labels:
+                known = ", ".join(self.config.labels)
+                raise SettingError(
+                    f"prompt: {prompt!r} is not a label of this model{nearest(label, self.config.labels)}; use one of {known}"
+                )
+            indices.append(self.config.labels.index(label) if label else len(self.config.labels))
+        vectors = self.embedding(torch.tensor(indices, device=self.embedding.weight.device)).float()
+        return TextEmbedding(vectors[:, None], vectors)
