@@ -1,0 +1,40 @@
+"""In CI a parity or browser test that skips itself has failed: there, everything it needs must be installed."""
+
+import os
+import re
+from collections.abc import Generator
+
+import pytest
+
+MUST_RUN = ("parity", "browser")
+
+
+def _fail(report: pytest.TestReport | pytest.CollectReport) -> None:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+    report.outcome = "failed"
+    report.longrepr = f"skipped in CI, where parity and browser tests must run: {reason}"
+
+
+def _in_ci() -> bool:
+    return os.environ.get("CI") == "true"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    if skipped and _in_ci() and any(item.get_closest_marker(name) for name in MUST_RUN):
+        _fail(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    # A module that skips itself while it is imported has no marks yet; its text tells.
+    if report.skipped and _in_ci() and isinstance(collector, pytest.Module):
+        if re.search(rf"\bmark\.({'|'.join(MUST_RUN)})\b", collector.path.read_text(encoding="utf-8")):
+            _fail(report)
+    return report
