@@ -116,10 +116,13 @@ def _apply(values: Any, override: str) -> None:
         raise SettingError(f"{override}: expected section.key=value; for example unet.training.batch_size=8")
     *sections, last = key.split(".")
     for section in sections:
-        if not isinstance(values, dict) or section not in values:
+        if isinstance(values, list) and section.isdigit() and int(section) < len(values):
+            values = values[int(section)]
+        elif isinstance(values, dict) and section in values:
+            values = values[section]
+        else:
             known = list(values) if isinstance(values, dict) else []
             raise SettingError(f"{override}: no section {section!r}{nearest(section, known)}; use a key of the file")
-        values = values[section]
     if not isinstance(values, dict):
         raise SettingError(f"{override}: {'.'.join(sections)} has no keys; use a section of the file")
     values[last] = parse_yaml(text, override)
