@@ -1,0 +1,1 @@
+"""Pictures with captions: the procedural shapes, and shards in and out."""

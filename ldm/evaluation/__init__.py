@@ -1,0 +1,1 @@
+"""How good the pictures are: metrics, and the oracle that reads the procedural shapes back."""
