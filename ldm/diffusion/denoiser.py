@@ -1,7 +1,7 @@
 """A network and what it predicts become the clean estimate of a noisy latent, and a training loss."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 Prediction = Literal["eps", "v", "x0"]
 
 
+@runtime_checkable
 class Network(Protocol):
     """What the mathematics knows of the UNet."""
 
@@ -21,6 +22,7 @@ class Network(Protocol):
         ...
 
 
+@runtime_checkable
 class Denoise(Protocol):
     """The waist of the hourglass: all that a sampler knows of a model."""
 
