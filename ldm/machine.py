@@ -1,0 +1,57 @@
+"""The device to compute on and the number format to compute in, from the words of a user."""
+
+import re
+from typing import TYPE_CHECKING
+
+from ldm.cli import nearest
+from ldm.errors import MachineError, SettingError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_names(device: str, dtype: str) -> None:
+    """Raise SettingError for words that name no device or number format; imports nothing."""
+    if device not in DEVICES[:3] + DEVICES[4:] and not re.fullmatch(r"cuda:[0-9]{1,3}", device):
+        raise SettingError(
+            f"device: no device {device!r}{nearest(device[:100], DEVICES)}; use one of {', '.join(DEVICES)}"
+        )
+    if dtype not in DTYPES:
+        raise SettingError(f"dtype: no dtype {dtype!r}{nearest(dtype[:100], DTYPES)}; use one of {', '.join(DTYPES)}")
+
+
+def find_device(name: str = "auto") -> "torch.device":
+    """The device of that name; `auto` is CUDA, else Apple's MPS, else the CPU. MachineError where it is not there."""
+    import torch
+
+    cuda, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    device = torch.device(name)
+    if device.type == "mps" and not mps:
+        raise MachineError("device: mps is not available here; use --device cpu")
+    if device.type == "cuda" and cuda <= (device.index or 0):
+        found = f"only {cuda} CUDA devices are" if cuda else "CUDA is not"
+        raise MachineError(f"device: {name}: {found} available here; use --device {'cuda' if cuda else 'cpu'}")
+    return device
+
+
+def find_dtype(name: str, device: "torch.device") -> "tuple[torch.dtype, str]":
+    """The number format of that name, and a note where it is not the one asked for.
+
+    `auto` is float16 on CUDA, bfloat16 on a CPU with instructions for it (twice as fast there), else float32.
+    A CPU computes float16 a hundred times slower: float32 instead.
+    """
+    import torch
+
+    if name == "auto":
+        if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+            return torch.bfloat16, ""
+        return (torch.float16 if device.type == "cuda" else torch.float32), ""
+    dtype: torch.dtype = getattr(torch, name)
+    if dtype == torch.float16 and device.type == "cpu":
+        return torch.float32, "dtype: float16 is not for CPUs, computing in float32"
+    return dtype, ""

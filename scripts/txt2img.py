@@ -1,0 +1,314 @@
+"""Draw pictures from text."""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ldm.cli import ArgumentParser, printable, run, warn
+from ldm.errors import DataError, SettingError
+
+if TYPE_CHECKING:
+    from ldm.bundle import Bundle
+    from ldm.models.model_config import ModelConfig
+    from ldm.pipeline import GeneratedImage, TextToImage
+    from ldm.request import GenerationRequest
+
+EXAMPLES = """examples:
+  python scripts/txt2img.py --prompt "a red circle to the left of a blue square"
+  python scripts/txt2img.py -p "three small purple hearts" --seed 7 -n 4 --steps 20 --sampler euler_ancestral"""
+
+EPILOG = """Pictures are PNG files with their settings inside; only their paths are printed on stdout, one a line.
+Image i of a prompt is drawn from seed + i; every prompt starts from the same seed.
+exit codes: 0 done, 2 bad setting, 3 bad prompt file, 4 bad model, 5 machine, 6 numbers not finite, 130 Ctrl-C"""
+
+# What the flags of CompVis's scripts are called here; they work and are not shown.
+OLD_NAMES = {
+    "--ckpt": "model",
+    "--ddim_steps": "steps",
+    "--scale": "guidance_scale",
+    "--cfg-scale": "guidance_scale",
+    "--scheduler": "schedule",
+    "--n_samples": "batch_size",
+    "--precision": "dtype",
+    "--W": "width",
+    "--H": "height",
+}
+SETTINGS = (
+    "negative_prompt",
+    "width",
+    "height",
+    "steps",
+    "sampler",
+    "schedule",
+    "guidance_scale",
+    "seed",
+    "num_images",
+    "batch_size",
+    "allow_empty_prompt",
+)
+
+
+class Once(argparse.Action):
+    """Stores a value, and says so when a flag is given twice: the last one counts."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: Any, flag: str | None = None
+    ) -> None:
+        if getattr(args, self.dest) is not None:
+            warn(f"{flag}: given more than once; {value} counts")
+        setattr(args, self.dest, value)
+
+
+def parser() -> ArgumentParser:
+    """The flags. They are read as text: the request checks their values, in the same words as everywhere else."""
+    from ldm.diffusion.samplers import SAMPLERS
+    from ldm.diffusion.schedule import GRIDS
+
+    made = ArgumentParser(prog="txt2img.py", description=f"{__doc__}\n\n{EXAMPLES}", epilog=EPILOG)
+    made.register("action", None, Once)
+    basic = made.add_argument_group("basic")
+    basic.add_argument(
+        "-p", "--prompt", action="append", metavar="TEXT", help="what to draw; repeatable; -: lines of stdin"
+    )
+    basic.add_argument("--from-file", metavar="FILE", help="read prompts from a text file, one a line")
+    basic.add_argument("--negative-prompt", metavar="TEXT", help="what to keep out of the picture [nothing]")
+    basic.add_argument("--model", metavar="NAME|PATH", help="a bundled model or a model folder [shapes-256]")
+    basic.add_argument("--seed", metavar="N", help="0 … 4294967295, or -1 for a random one [-1]")
+    basic.add_argument("-n", "--num-images", metavar="N", help="pictures of each prompt [the batch size, else 1]")
+    basic.add_argument("--steps", metavar="N", help="1 … 1000 [the model's]")
+    basic.add_argument("--guidance-scale", metavar="X", help="0 … 30; 1 is no guidance [the model's]")
+    basic.add_argument("--size", metavar="WxH", help="picture size in pixels [the model's]")
+    advanced = made.add_argument_group("advanced")
+    advanced.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} [the model's]")
+    advanced.add_argument("--schedule", metavar="NAME", help=f"noise levels: {', '.join(GRIDS)} [the model's]")
+    advanced.add_argument("--width", metavar="N", help="64 … 2048, instead of --size")
+    advanced.add_argument("--height", metavar="N", help="64 … 2048, instead of --size")
+    advanced.add_argument("--batch-size", metavar="N", help="pictures drawn at once [what has 512x512 pixels together]")
+    advanced.add_argument("--allow-empty-prompt", action="store_true", default=None, help="draw without a prompt")
+    advanced.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps [auto]")
+    advanced.add_argument("--dtype", metavar="NAME", help="auto, float32, bfloat16, float16 [auto]")
+    output = made.add_argument_group("output")
+    output.add_argument("--outdir", metavar="FOLDER", help="where pictures go, as NNNN-prompt.png [outputs]")
+    output.add_argument("--output", metavar="FILE", help="the exact name of one picture, instead of --outdir")
+    output.add_argument("--preview-every", metavar="N", help="write a preview NAME.step012.png every N steps [never]")
+    output.add_argument("--json", action="store_true", help="print one line of JSON for each picture")
+    output.add_argument("--dry-run", action="store_true", help="print the settings and noise levels, and stop")
+    output.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
+    output.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    output.add_argument("--version", action="version", version=f"ldm {version()}")
+    for flag, name in OLD_NAMES.items():
+        made.add_argument(flag, dest=name, help=argparse.SUPPRESS)
+    return made
+
+
+def version() -> str:
+    """The version that is installed."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("ldm")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def main() -> None:
+    """Check everything that can be checked, cheapest first; then load the model and draw."""
+    args = parser().parse_args()
+    # Paths are printed as the bytes they are, also where they are not UTF-8.
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    requests = read_requests(args)
+    preview_every = check_output(args, requests)
+
+    from ldm import bundle
+    from ldm.machine import find_device, find_dtype
+    from ldm.request import resolve, resolve_seed
+
+    folder = bundle.find(args.model or bundle.DEFAULT)
+    config = bundle.read_config(folder)
+    seed = resolve_seed(requests[0].seed)
+    requests = [resolve(request.model_copy(update={"seed": seed}), config) for request in requests]
+    if args.dry_run:
+        for request in requests:
+            show_plan(request, config, args.json)
+        return
+    device = find_device(args.device or "auto")
+    dtype, remark = find_dtype(args.dtype or "auto", device)
+    note(args, remark)
+    note(args, f"seed: {seed}")
+    draw_all(args, requests, bundle.Bundle.load(str(folder), str(device), dtype), preview_every)
+
+
+def note(args: argparse.Namespace, text: str) -> None:
+    """Say `text` on stderr, unless asked to be quiet."""
+    if text and not args.quiet:
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def read_requests(args: argparse.Namespace) -> "list[GenerationRequest]":
+    """One checked request for each prompt of the command line, of stdin and of the file."""
+    from ldm.machine import check_names
+    from ldm.prompts import clean, read_lines
+    from ldm.request import GenerationRequest
+
+    check_names(args.device or "auto", args.dtype or "auto")
+    if args.size is not None:
+        args.width, args.height = read_size(args)
+    if args.num_images is None:
+        args.num_images = args.batch_size
+    settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    prompts = [("", text) for text in args.prompt or [] if text != "-"]
+    files = [("stdin", sys.stdin.buffer.read())] if "-" in (args.prompt or []) else []
+    if args.from_file is not None:
+        files.append((args.from_file, read_bytes(args.from_file)))
+    for name, data in files:
+        prompts += [(f"{name}:{line}", text) for line, text in read_lines(data, name)]
+    requests = []
+    for where, text in prompts or [("", "")]:
+        try:
+            requests.append(GenerationRequest(prompt=text, **settings))
+        except SettingError as error:
+            if not where or not str(error).startswith("prompt:"):
+                raise
+            raise DataError(f"{where}: {error}") from None
+        if requests[-1].prompt != text:
+            warn("prompt: control characters were removed")
+    if clean(args.negative_prompt or "") != (args.negative_prompt or ""):
+        warn("negative_prompt: control characters were removed")
+    return requests
+
+
+def read_bytes(name: str) -> bytes:
+    """The content of a prompt file."""
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror}; give a text file with one prompt a line") from None
+
+
+def read_size(args: argparse.Namespace) -> tuple[str, str]:
+    """Width and height of --size WxH, still to be checked."""
+    if args.width is not None or args.height is not None:
+        raise SettingError("size: given together with --width or --height; use one of the two ways")
+    match = re.fullmatch(r"([0-9]{1,9})[xX×]([0-9]{1,9})", args.size)
+    if match is None:
+        raise SettingError(f"size: {args.size[:40]} is not WIDTHxHEIGHT; use for example 512x512")
+    return match[1], match[2]
+
+
+def check_output(args: argparse.Namespace, requests: "Sequence[GenerationRequest]") -> int:
+    """Prove that the pictures can be written; returns the number of steps between previews, 0 for none."""
+    from ldm.outputs import check_new, check_writable
+    from ldm.request import whole
+
+    try:
+        preview_every = 0 if args.preview_every is None else whole(1, 1000, 10)(args.preview_every)
+    except ValueError as error:
+        raise SettingError(f"preview_every: {error}") from None
+    if args.output is not None:
+        if args.outdir is not None:
+            raise SettingError("output: given together with --outdir; use one of the two")
+        if len(requests) > 1 or requests[0].num_images > 1:
+            raise SettingError("output: names one picture, but more are asked for; use --outdir")
+        check_new(Path(args.output))
+    if not args.dry_run:
+        check_writable(outdir(args) if args.output is None else Path(args.output).parent)
+    return preview_every
+
+
+def outdir(args: argparse.Namespace) -> Path:
+    """The folder of numbered pictures."""
+    return Path("outputs" if args.outdir is None else args.outdir)
+
+
+def show_plan(request: "GenerationRequest", config: "ModelConfig", as_json: bool) -> None:
+    """Print what would be done: the settings, the timesteps and noise levels σ visited, and the cost."""
+    from ldm.bundle import noise_schedule
+    from ldm.diffusion.schedule import GRIDS
+    from ldm.pipeline import network_calls
+
+    schedule = noise_schedule(config)
+    sigmas = GRIDS[str(request.schedule)](schedule, request.steps or 1)
+    passes = 1 if request.guidance_scale == 1 else 2
+    plan = {
+        **request.settings(),
+        "timesteps": [round(schedule.timestep(sigma), 3) for sigma in sigmas[:-1]],
+        "sigmas": [round(sigma, 5) for sigma in sigmas],
+        "model_calls": network_calls(request, schedule),
+        "latents_per_model_call": min(request.num_images, request.batch_size or 1) * passes,
+    }
+    print(json.dumps(plan) if as_json else "\n".join(f"{key}: {json.dumps(value)}" for key, value in plan.items()))
+
+
+def draw_all(
+    args: argparse.Namespace, requests: "Iterable[GenerationRequest]", bundle: "Bundle", preview_every: int
+) -> None:
+    """Draw every request in batches, with a progress bar on a terminal; every picture is saved when it is finished."""
+    from tqdm import tqdm
+
+    from ldm.pipeline import TextToImage
+
+    pipeline = TextToImage(bundle)
+    batches = [batch for request in requests for batch in request.batches()]
+    total = sum(batch.steps or 0 for batch in batches)
+    began, images = time.monotonic(), 0
+    for prompt in dict.fromkeys(text for batch in batches for text in (batch.prompt, batch.negative_prompt)):
+        if cut := bundle.text.words_cut(prompt):
+            warn(f"prompt: the model reads only its beginning; cut: {cut}")
+    with tqdm(total=total, unit="step", disable=args.quiet or not sys.stderr.isatty(), leave=False) as bar:
+        for batch in batches:
+            with ExitStack() as names:
+                paths = [name_of(args, batch, names) for _ in range(batch.num_images)]
+                for step in pipeline.stream(batch):
+                    bar.update()
+                    if preview_every and (step.index + 1) % preview_every == 0:
+                        save_previews(pipeline, step, paths, batch)
+                for path, image in zip(paths, pipeline.images(batch, step.x), strict=True):
+                    save(args, path, image)
+                    images += 1
+    note(args, f"{images} image{'s' if images > 1 else ''} in {time.monotonic() - began:.1f} s")
+
+
+def name_of(args: argparse.Namespace, batch: "GenerationRequest", names: ExitStack) -> Path:
+    """The path of the next picture, which is ours as long as `names` is open."""
+    from ldm.outputs import reserved
+    from ldm.prompts import slug
+
+    if args.output is None:
+        return names.enter_context(reserved(outdir(args), slug(batch.prompt)))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    return Path(args.output)
+
+
+def save_previews(pipeline: "TextToImage", step: Any, paths: Sequence[Path], batch: "GenerationRequest") -> None:
+    """Write what the pictures look like after a step, enlarged to their size."""
+    from ldm.images import save_png
+    from ldm.outputs import preview_path
+
+    for index, path in enumerate(paths):
+        preview = pipeline.preview(step, index).resize((batch.width or 1, batch.height or 1))
+        save_png(preview, preview_path(path, step.index + 1))
+
+
+def save(args: argparse.Namespace, path: Path, image: "GeneratedImage") -> None:
+    """Write a picture and print its path, or the line of JSON that was asked for."""
+    from ldm.images import save_png
+    from ldm.outputs import check_new
+
+    if args.output is not None and path.exists():
+        check_new(path)  # somebody else wrote it while we were drawing
+    save_png(image.image, path, image.settings)
+    line = {"path": str(path), "seed": image.seed, "settings": image.settings}
+    print(json.dumps(line) if args.json else path, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

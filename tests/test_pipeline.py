@@ -1,0 +1,202 @@
+"""One engine draws every picture: an image depends on its request and its seed, and on nothing else."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.bundle import Bundle, build
+from ldm.config import validate
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedule import GRIDS
+from ldm.errors import NotFiniteError, SettingError
+from ldm.images import read_settings, save_png
+from ldm.models.model_config import ModelConfig
+from ldm.pipeline import TextToImage, network_calls
+from ldm.request import GenerationRequest, resolve
+
+REQUEST = GenerationRequest(prompt="a red circle", seed=5)
+
+
+@pytest.fixture
+def pipeline(tiny_bundle: Bundle) -> TextToImage:
+    return TextToImage(tiny_bundle)
+
+
+def pixels(image: Image.Image) -> Any:
+    return np.asarray(image, dtype=np.int16)
+
+
+def latent(pipeline: TextToImage, **settings: object) -> torch.Tensor:
+    request = GenerationRequest(**{"prompt": "a red circle", "seed": 5, **settings})
+    return list(pipeline.stream(request))[-1].x
+
+
+class Counting(torch.nn.Module):
+    """A network that counts its calls and the latents it sees."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.sizes: list[int] = []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(x))
+        return self.network(x, t, context)
+
+
+def test_stream_yields_every_step(pipeline: TextToImage) -> None:
+    steps = list(pipeline.stream(REQUEST))
+    assert [(step.index, step.total) for step in steps] == [(i, 4) for i in range(4)]
+    assert steps[-1].sigma == 0.0
+    assert steps[-1].x.shape == (1, 4, 8, 8)
+    assert pipeline.preview(steps[0]).size == (8, 8)
+
+
+def test_seed_decides_image(pipeline: TextToImage) -> None:
+    assert torch.equal(latent(pipeline), latent(pipeline))
+    assert not torch.allclose(latent(pipeline), latent(pipeline, seed=6), atol=0.1)
+
+
+def test_prompt_and_negative_prompt_change_the_image(pipeline: TextToImage) -> None:
+    assert not torch.allclose(latent(pipeline), latent(pipeline, prompt="a blue square"), atol=1e-3)
+    assert not torch.allclose(latent(pipeline), latent(pipeline, negative_prompt="a blue square"), atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_is_the_same_alone_and_in_a_batch(pipeline: TextToImage, sampler: str) -> None:
+    together = latent(pipeline, sampler=sampler, num_images=4, seed=2**32 - 2)
+    for index, seed in enumerate((2**32 - 2, 2**32 - 1, 0, 1)):  # the seed wraps
+        assert torch.allclose(together[index], latent(pipeline, sampler=sampler, seed=seed)[0], atol=1e-4)
+
+
+def test_call_splits_into_batches_and_numbers_the_images(pipeline: TextToImage) -> None:
+    images = list(pipeline(GenerationRequest(prompt="a", seed=3, num_images=3, batch_size=2)))
+    assert [(image.index, image.seed, image.settings["seed"]) for image in images] == [(0, 3, 3), (1, 4, 4), (2, 5, 5)]
+    alone = next(iter(pipeline(GenerationRequest(prompt="a", seed=5))))
+    assert abs(pixels(images[2].image) - pixels(alone.image)).max() <= 1
+
+
+def test_settings_in_the_picture_draw_it_again(pipeline: TextToImage, tmp_path: Any) -> None:
+    request = GenerationRequest(prompt="красный 🟥 👩‍🚀", negative_prompt="é", sampler="euler_ancestral", num_images=2)
+    _, second = pipeline(request)
+    save_png(second.image, tmp_path / "a.png", second.settings)
+    stored = read_settings(tmp_path / "a.png")
+    assert stored is not None
+    again, rest = GenerationRequest.from_settings(stored)
+    assert rest == {"model": "tiny", "model_sha256": pipeline.bundle.sha256}
+    assert again.prompt == request.prompt
+    redrawn = next(iter(pipeline(again)))
+    # Drawn alone instead of second of two: equal up to rounding; drawn alone twice: equal.
+    assert abs(pixels(redrawn.image) - pixels(second.image)).max() <= 1
+    save_png(redrawn.image, tmp_path / "b.png", redrawn.settings)
+    once_more = next(iter(pipeline(GenerationRequest.from_settings(redrawn.settings)[0])))
+    assert once_more.image.tobytes() == redrawn.image.tobytes()
+
+
+def test_draw_gives_each_prompt_its_own_image(pipeline: TextToImage) -> None:
+    prompts, seeds = ["a red circle", "a blue square", "a red circle"], [5, 6, 7]
+    drawn = pipeline.draw(prompts, seeds, REQUEST.model_copy(update={"batch_size": 2}))
+    assert len(drawn) == 3
+    for prompt, seed, image in zip(prompts, seeds, drawn, strict=True):
+        alone = next(iter(pipeline(GenerationRequest(prompt=prompt, seed=seed))))
+        assert abs(pixels(image) - pixels(alone.image)).max() <= 1
+
+
+def test_previews_change_nothing(pipeline: TextToImage) -> None:
+    for step in pipeline.stream(REQUEST):
+        pipeline.preview(step)
+    assert torch.equal(step.x, latent(pipeline))
+
+
+def test_no_guidance_asks_the_network_for_one_image(tiny_bundle: Bundle) -> None:
+    for scale, seen in ((1, 1), (0, 2), (3, 2)):
+        counting = Counting(tiny_bundle.unet)
+        request = GenerationRequest(prompt="a red circle", guidance_scale=scale)
+        list(TextToImage(replace(tiny_bundle, unet=counting)).stream(request))
+        assert counting.sizes == [seen] * 4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_network_calls_are_what_happens(tiny_bundle: Bundle, sampler: str) -> None:
+    request = GenerationRequest(prompt="a", sampler=sampler, steps=3, num_images=3, batch_size=2)
+    request = resolve(request, tiny_bundle.config)
+    counting = Counting(tiny_bundle.unet)
+    list(TextToImage(replace(tiny_bundle, unet=counting))(request))
+    assert len(counting.sizes) == network_calls(request, tiny_bundle.schedule)
+
+
+@pytest.mark.parametrize("schedule", GRIDS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_one_step_is_finite(pipeline: TextToImage, sampler: str, schedule: str) -> None:
+    assert torch.isfinite(latent(pipeline, sampler=sampler, schedule=schedule, steps=1)).all()
+
+
+def test_grad_mode_of_the_caller_is_kept(pipeline: TextToImage) -> None:
+    steps = pipeline.stream(REQUEST)
+    next(steps)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    steps.close()
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_request_that_does_not_fit_is_refused_before_the_first_step(pipeline: TextToImage) -> None:
+    with pytest.raises(SettingError, match="nearest: 64 or 80"):
+        pipeline.stream(GenerationRequest(prompt="a", width=70, height=64))
+
+
+def test_latents_that_are_not_finite_become_an_error_and_no_picture(tiny_bundle: Bundle) -> None:
+    class Broken(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return x * float("nan")
+
+    with pytest.raises(NotFiniteError, match="latent: "):
+        next(iter(TextToImage(replace(tiny_bundle, unet=Broken()))(REQUEST)))
+
+
+def test_picture_that_overflows_in_half_precision_is_decoded_in_fp32(tiny_bundle: Bundle) -> None:
+    clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = TextToImage(tiny_bundle).decode(clean)[0]
+
+    class OverflowsInHalf(type(tiny_bundle.autoencoder)):  # type: ignore[misc]
+        def decode(self, latent: torch.Tensor) -> torch.Tensor:
+            image = super().decode(latent)
+            return image * float("inf") if self.post_quant_conv.weight.dtype == torch.bfloat16 else image
+
+    half = OverflowsInHalf(tiny_bundle.config.autoencoder)
+    half.load_state_dict(tiny_bundle.autoencoder.state_dict())
+    got = TextToImage(replace(tiny_bundle, autoencoder=half.bfloat16())).decode(clean)[0]
+    assert abs(pixels(got) - pixels(expected)).mean() < 2
+    assert half.post_quant_conv.weight.dtype == torch.bfloat16, "the model itself stays as it was"
+
+    never = copy.deepcopy(half).bfloat16()
+    torch.nn.init.constant_(never.decoder.conv_out.bias, float("nan"))
+    with pytest.raises(NotFiniteError, match="autoencoder: "):
+        TextToImage(replace(tiny_bundle, autoencoder=never)).decode(clean)
+
+
+def test_pixels_and_labels_are_drawn_by_the_same_engine() -> None:
+    unet = {"in_channels": 1, "out_channels": 1, "channels": 8, "multipliers": [1, 2, 2], "res_blocks": 1}
+    values = {
+        "autoencoder": {"kind": "pixels"},
+        "text": {"kind": "labels", "labels": ["0", "1"], "width": 8},
+        "unet": {**unet, "attention": [False, False, False], "heads": 2, "groups": 4, "context_width": 8},
+        "noise_schedule": {"kind": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timesteps": 300},
+        "sampling": {"width": 28, "height": 28, "steps": 2, "guidance_scale": 1.0},
+    }
+    config = validate(values, ModelConfig, "digits")
+    pipeline = TextToImage(Bundle("digits", config, *build(config)))
+    (drawn,) = pipeline(GenerationRequest(prompt="1", sampler="ddpm"))
+    assert (drawn.image.size, drawn.image.mode) == ((28, 28), "L")
+    with pytest.raises(SettingError, match="'7' is not a label of this model"):
+        list(pipeline(GenerationRequest(prompt="7")))
+    with pytest.raises(SettingError, match="the model's 300 timesteps"):
+        list(pipeline(GenerationRequest(prompt="1", steps=301)))

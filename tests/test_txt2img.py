@@ -1,0 +1,176 @@
+"""scripts/txt2img.py: from a command line to pictures with their settings inside."""
+
+import io
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import Ended, command, environment, start
+from PIL import Image
+
+from ldm.images import read_settings
+from ldm.request import GenerationRequest
+
+Script = Callable[..., Ended]
+
+
+def seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_help_is_quick_and_complete() -> None:
+    spent = []
+    for _ in range(3):
+        before = seconds_of_children()
+        ended = start("txt2img.py", "--help")
+        spent.append(seconds_of_children() - before)
+    assert ended.code == 0
+    assert min(spent) < 0.3, spent
+    positions = [ended.out.index(word) for word in ("examples:", "basic:", "advanced:", "output:")]
+    assert positions == sorted(positions)
+    assert ended.out.count("python scripts/txt2img.py") == 2
+    assert "--ddim_steps" not in ended.out
+    assert all(name in ended.out for name in ("euler_ancestral", "karras"))
+
+
+def test_wrong_setting_is_refused_without_importing_torch() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", *command("txt2img.py", "-p", "x", "--steps", "0")[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    modules = {line.rsplit("|", 1)[1].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
+    assert "ldm.request" in modules
+    assert not modules & {"torch", "open_clip", "PIL", "tqdm"}
+
+
+def test_last_line_of_stdout_is_the_picture(tiny_folder: Path, tmp_path: Path) -> None:
+    """The real script in its own process: the one path that users take."""
+    outdir = tmp_path / "new" / "out"
+    ended = start("txt2img.py", "-p", "a red circle", "--model", tiny_folder, "--outdir", outdir, "--seed", "3")
+    assert (ended.code, ended.errors) == (0, []), ended.err
+    assert ended.out == f"{outdir / '0001-a-red-circle.png'}\n"
+    assert "seed: 3" in ended.err and "1 image in" in ended.err
+    assert "\r" not in ended.err and "it/s" not in ended.err, "a progress bar is for terminals only"
+    with Image.open(ended.out.strip()) as image:
+        assert (image.size, image.mode) == ((64, 64), "RGB")
+
+
+def test_settings_in_the_picture_draw_the_same_pixels(txt2img: Script, tiny_folder: Path, tmp_path: Path) -> None:
+    first = txt2img("-p", "a \x1b[31mred\x07 👩‍🚀", "--model", tiny_folder, "--outdir", tmp_path, "--steps", "3")
+    assert first.code == 0
+    assert "warning: prompt: control characters were removed" in first.err
+    path = Path(first.out.strip())
+    stored = read_settings(path)
+    assert stored is not None
+    assert stored["prompt"] == "a red 👩‍🚀" and stored["model"] == "tiny"
+    assert f"seed: {stored['seed']}" in first.err
+    assert str(tmp_path) not in json.dumps(stored), "a picture does not tell the folders of its maker"
+    request, _ = GenerationRequest.from_settings(stored)
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in request.settings().items() if value is not False]
+    second = txt2img(*flags, "--model", tiny_folder, "--outdir", tmp_path)
+    assert second.code == 0, second.err
+    with Image.open(path) as one, Image.open(second.out.strip()) as two:
+        assert one.tobytes() == two.tobytes()
+    assert path.read_bytes() == Path(second.out.strip()).read_bytes()
+
+
+def test_several_prompts_images_and_json_lines(
+    txt2img: Script, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"from stdin\r\n\r\n")))
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n", encoding="utf-8-sig")
+    ended = txt2img(
+        *("-p", "../CON", "-p", "-", "--from-file", file, "--model", tiny_folder, "--outdir", tmp_path / "out"),
+        *("--seed", "4294967295", "-n", "2", "--steps", "1", "--json", "--quiet"),
+    )
+    assert (ended.code, ended.err) == (0, "")
+    lines: list[dict[str, Any]] = [json.loads(line) for line in ended.out.splitlines()]
+    names = [Path(line["path"]).name for line in lines]
+    assert names == [
+        *("0001-con_.png", "0002-con_.png"),
+        *("0003-from-stdin.png", "0004-from-stdin.png"),
+        *("0005-a-red-circle.png", "0006-a-red-circle.png"),
+    ]
+    assert [line["seed"] for line in lines] == [4294967295, 0] * 3
+    assert [line["settings"]["seed"] for line in lines] == [4294967295, 0] * 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_previews_lie_beside_the_picture_and_change_nothing(txt2img: Script, tiny_folder: Path, tmp_path: Path) -> None:
+    flags = ("-p", "a", "--model", tiny_folder, "--seed", "1", "--steps", "4", "--outdir", tmp_path)
+    plain = txt2img(*flags)
+    previewed = txt2img(*flags, "--preview-every", "2")
+    assert Path(plain.out.strip()).read_bytes() == Path(previewed.out.strip()).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("0001-a.png", "0002-a.png", "0002-a.step002.png", "0002-a.step004.png")
+    ]
+    with Image.open(tmp_path / "0002-a.step002.png") as preview:
+        assert preview.size == (64, 64)
+
+
+def test_old_names_of_flags_work(txt2img: Script, tiny_folder: Path, tmp_path: Path) -> None:
+    ended = txt2img(
+        *("--prompt", "a", "--ckpt", tiny_folder, "--ddim_steps", "2", "--scale", "1.5", "--H", "64", "--W", "80"),
+        *("--n_samples", "2", "--scheduler", "karras", "--precision", "float16", "--outdir", tmp_path, "--json"),
+    )
+    assert ended.code == 0, ended.err
+    assert "float16 is not for CPUs, computing in float32" in ended.err
+    settings = [json.loads(line)["settings"] for line in ended.out.splitlines()]
+    assert len(settings) == 2
+    wanted = {"steps": 2, "guidance_scale": 1.5, "width": 80, "height": 64, "schedule": "karras"}
+    assert all(settings[0][key] == value for key, value in wanted.items())
+
+
+def test_words_that_do_not_fit_are_named(txt2img: Script, tiny_folder: Path, tmp_path: Path) -> None:
+    prompt = "a red circle and " * 8 + "zebra"
+    ended = txt2img("-p", prompt, "--model", tiny_folder, "--steps", "1", "--outdir", tmp_path)
+    assert ended.code == 0
+    assert [line for line in ended.err.splitlines() if line.startswith("warning: ") and line.endswith("zebra")]
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(txt2img: Script, tiny_folder: Path, tmp_path: Path) -> None:
+    (tiny_folder / "unet.safetensors").rename(tiny_folder / "hidden")
+    try:
+        flags = ("-p", "a", "--model", tiny_folder, "--outdir", tmp_path / "out", "-n", "5", "--batch-size", "2")
+        plan = json.loads(txt2img(*flags, "--dry-run", "--json").out)
+        words = txt2img(*flags, "--dry-run").out
+    finally:
+        (tiny_folder / "hidden").rename(tiny_folder / "unet.safetensors")
+    assert not (tmp_path / "out").exists()
+    assert plan["timesteps"] == [999.0, 749.0, 499.0, 249.0]
+    assert len(plan["sigmas"]) == 5 and plan["sigmas"][-1] == 0.0
+    assert (plan["model_calls"], plan["latents_per_model_call"]) == (12, 4)
+    assert (plan["sampler"], plan["width"], plan["guidance_scale"]) == ("ddim", 64, 3.0)
+    assert "model_calls: 12\n" in words
+
+
+def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> None:
+    flags = ("-p", "a", "--model", tiny_folder, "--outdir", tmp_path, "-n", "500", "--batch-size", "1")
+    process = subprocess.Popen(
+        command("txt2img.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "error:" not in err
+    listed = {Path(line).name for line in (first + rest).splitlines()}
+    found = {path.name for path in tmp_path.iterdir()}
+    assert listed and listed <= found
+    assert not [name for name in found if name.startswith(".")], "no reservation and no temporary file is left"
+    for name in found:
+        with Image.open(tmp_path / name) as image:
+            image.load()
