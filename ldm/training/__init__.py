@@ -1,0 +1,1 @@
+"""How each part is learned: autoencoder, then CLIP, then cached latents, then the UNet."""

@@ -1,0 +1,179 @@
+"""The autoencoder's objective: reconstruction without borrowed weights, a small KL term, and equivariance.
+
+Losses are sums over an image divided by the number of its values, so that `kl_weight` means what it means in the
+reference implementation (1e-6, relative to sums), whatever the image's size.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from ldm.config import Config
+from ldm.images import to_tensor
+from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
+from ldm.nn.layers import ResBlock, zero_init
+from ldm.training.loop import Batch, Losses, OptimizationConfig
+
+
+class AutoencoderTraining(OptimizationConfig):
+    """The autoencoder stage."""
+
+    crop: PositiveInt = 64
+    # Pictures are shrunk to one of these sides before the crop; the autoencoder learns all scales it will meet.
+    sides: tuple[PositiveInt, ...] = (256, 128, 64)
+    kl_weight: NonNegativeFloat = 1e-6
+    gradient_weight: NonNegativeFloat = 1.0
+    # Squared error beside the absolute one: large errors, which are wrong colours, go first.
+    squared_weight: NonNegativeFloat = 1.0
+    # Of this many random crops, the one with most contrast is taken: flat ground teaches little.
+    crop_candidates: PositiveInt = 1
+    # Probability that a batch trains equivariance instead of plain reconstruction (EQ-VAE, 2502.09509).
+    equivariance: float = Field(0.5, ge=0, le=1)
+
+
+@torch.no_grad()
+def initialise(autoencoder: KLAutoencoder, log_variance: float = -8.0) -> None:
+    """Start as a nearly linear map that lets everything through; without it colours are learned ten times later.
+
+    Convolutions keep the variance of what they read (PyTorch's default shrinks it to a third), residual branches
+    start at zero, the 1×1 convolutions around the latent as the identity, and the posterior almost without noise.
+    """
+    for module in autoencoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.mul_(3**0.5)
+            nn.init.zeros_(module.bias)
+    for module in autoencoder.modules():
+        if isinstance(module, ResBlock):
+            zero_init(module.conv2)
+    channels = autoencoder.latent_channels
+    for convolution in (autoencoder.quant_conv, autoencoder.post_quant_conv):
+        nn.init.zeros_(convolution.weight)
+        convolution.weight[:channels, :channels, 0, 0] = torch.eye(channels)
+    autoencoder.quant_conv.bias[channels:].fill_(log_variance)
+
+
+class Reconstruction(nn.Module):
+    """Autoencoder and target in one module, so that one forward pass gives all that the loss needs."""
+
+    def __init__(self, autoencoder: KLAutoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(
+        self, image: Float[Tensor, "b c h w"], noise: Float[Tensor, "b z h8 w8"], scale: float, turns: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction, its target, and the KL of the posterior; both transformed by `scale` and quarter `turns`.
+
+        The latent is transformed, and the decoder must give the equally transformed image.
+        """
+        posterior = self.autoencoder.posterior(image)
+        latent = transform(posterior.sample(noise), scale, turns)
+        target = F.interpolate(
+            torch.rot90(image, turns, (2, 3)), size=[side * self.autoencoder.factor for side in latent.shape[2:]],
+            mode="bilinear", antialias=True,
+        ) if scale != 1.0 else torch.rot90(image, turns, (2, 3))  # fmt: skip
+        return self.autoencoder.reconstruct(latent), target, posterior.kl()
+
+
+def transform(latent: Float[Tensor, "b z h w"], scale: float, turns: int) -> Float[Tensor, "b z h2 w2"]:
+    """A latent scaled down and turned by quarters."""
+    turned = torch.rot90(latent, turns, (2, 3))
+    if scale == 1.0:
+        return turned
+    size = [max(1, round(side * scale)) for side in turned.shape[2:]]
+    return F.interpolate(turned, size=size, mode="bilinear", antialias=True)
+
+
+def gradient_loss(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"], scales: int = 3) -> Float[Tensor, ""]:
+    """L1 between horizontal and vertical differences on a pyramid: what makes edges sharp."""
+    total = a.new_zeros(())
+    for _ in range(scales):
+        total = total + (a.diff(dim=3) - b.diff(dim=3)).abs().mean() + (a.diff(dim=2) - b.diff(dim=2)).abs().mean()
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return total / scales
+
+
+def autoencoder_losses(config: AutoencoderTraining) -> Callable[[nn.Module, Batch, torch.Generator], Losses]:
+    """The loss of one batch of images."""
+
+    def losses(module: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+        (image,) = batch
+        side = image.shape[-1] // 8
+        scale, turns = 1.0, 0
+        if torch.rand((), generator=generator) < config.equivariance:
+            scale = float(torch.randint(side // 2, side + 1, (), generator=generator)) / side
+            turns = int(torch.randint(0, 4, (), generator=generator))
+        noise = torch.randn(image.shape[0], 4, side, side, generator=generator).to(image.device)
+        output, target, kl = module(image, noise, scale, turns)
+        output = output.float()
+        error = output - target
+        l1, squared = error.abs().mean(), error.square().mean()
+        edges = gradient_loss(output, target)
+        kl_mean = kl.mean() / image[0].numel()
+        loss = l1 + config.squared_weight * squared + config.gradient_weight * edges + config.kl_weight * kl_mean
+        return {"loss": loss, "l1": l1, "squared": squared, "edges": edges, "kl": kl_mean}
+
+    return losses
+
+
+def crops(
+    images: Iterator[Image.Image], config: AutoencoderTraining, seed: int
+) -> Iterator[tuple[Float[Tensor, "b 3 crop crop"]]]:
+    """Batches of square crops, each from a picture shrunk to a random one of `config.sides`."""
+    rng = np.random.default_rng(seed)
+    while True:
+        batch = []
+        for _ in range(config.batch_size):
+            image = next(images)
+            side = int(rng.choice(config.sides))
+            if side != image.width:
+                image = image.resize((side, side), Image.Resampling.BOX, reducing_gap=None)
+            candidates = [random_crop(image, config.crop, rng) for _ in range(config.crop_candidates)]
+            batch.append(max(candidates, key=lambda crop: float(crop.std())))
+        yield (torch.stack(batch).contiguous(memory_format=torch.channels_last),)
+
+
+def random_crop(image: Image.Image, side: int, rng: np.random.Generator) -> Float[Tensor, "3 side side"]:
+    """A square of `side` pixels from anywhere in a picture."""
+    left, top = (int(rng.integers(0, whole - side + 1)) for whole in image.size)
+    return to_tensor(image.crop((left, top, left + side, top + side)))
+
+
+@torch.no_grad()
+def fit_statistics(
+    autoencoder: KLAutoencoder, images: Float[Tensor, "n 3 h w"], batch: int = 16
+) -> tuple[AutoencoderConfig, float]:
+    """The config with the latents' mean and standard deviation per channel and the least-squares map to colours.
+
+    Also returns R² of that map on the same images.
+    """
+    raw = torch.cat([autoencoder.posterior(chunk).mean for chunk in images.split(batch)])
+    mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
+    latents = ((raw - mean[:, None, None]) / std[:, None, None]).permute(0, 2, 3, 1).reshape(-1, raw.shape[1])
+    colours = F.interpolate(images, size=raw.shape[2:], mode="area").permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+    inputs = torch.cat([latents, torch.ones(len(latents), 1)], dim=1).double()
+    solution = torch.linalg.lstsq(inputs, colours.double()).solution
+    residual = (colours - inputs @ solution).square().sum()
+    r_squared = 1.0 - float(residual / (colours - colours.mean(dim=0)).double().square().sum())
+    statistics = {
+        "latent_mean": tuple(round(v, 6) for v in mean.tolist()),
+        "latent_std": tuple(round(v, 6) for v in std.tolist()),
+        "preview": tuple(tuple(round(v, 6) for v in row) for row in solution.tolist()),
+    }
+    return autoencoder.config.model_copy(update=statistics), r_squared
+
+
+@torch.no_grad()
+def psnr(autoencoder: KLAutoencoder, images: Float[Tensor, "n 3 h w"], batch: int = 8) -> float:
+    """Mean peak signal-to-noise ratio of reconstructions in dB, over images in [−1, 1]."""
+    values = []
+    for chunk in images.split(batch):
+        error = (autoencoder.reconstruct(autoencoder.posterior(chunk).mean).clamp(-1, 1) - chunk).float()
+        values += (10 * torch.log10(4.0 / error.square().mean(dim=(1, 2, 3)))).tolist()
+    return sum(values) / len(values)

@@ -1,0 +1,256 @@
+"""Training resumes where it was, averages as its formula says, and goes from nothing to a bundle that draws."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm import config as configuration
+from ldm.bundle import Bundle
+from ldm.data.digits import BUNDLED, endless, load, read_idx
+from ldm.errors import DataError, NotFiniteError
+from ldm.images import to_tensor
+from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
+from ldm.pipeline import TextToImage
+from ldm.request import GenerationRequest
+from ldm.training import checkpoint, latents
+from ldm.training.autoencoder import (
+    AutoencoderTraining,
+    Reconstruction,
+    autoencoder_losses,
+    crops,
+    fit_statistics,
+    gradient_loss,
+    initialise,
+    transform,
+)
+from ldm.training.clip import contrastive_loss
+from ldm.training.ema import EMA
+from ldm.training.latents import LatentCache
+from ldm.training.loop import Batch, OptimizationConfig, learning_rate, train
+from ldm.training.recipe import Recipe
+from ldm.training.run import Run, finish, latents_stage, model_so_far, unet_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = OptimizationConfig(
+    steps=6, batch_size=4, learning_rate=1e-2, warmup_steps=2, ema_decay=0.5, precision="no", save_every=3
+)
+
+
+class Line(nn.Module):
+    """y = w x + b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def squared(module: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    (x,) = batch
+    return {"loss": (module(x) - 3 * x + torch.randn((), generator=generator)).square().mean()}
+
+
+def numbers(start: int) -> Iterator[Batch]:
+    step = start
+    while True:
+        yield (torch.randn(4, 1, generator=torch.Generator().manual_seed(step)),)
+        step += 1
+
+
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole, parts = Line(), Line()
+    for _ in train(whole, squared, numbers, QUICK, tmp_path / "whole", seed=1):
+        pass
+    for report in train(parts, squared, numbers, QUICK, tmp_path / "parts", seed=1):
+        if report.step == 4:
+            break  # killed one step behind the checkpoint of step 3
+    resumed = Line()
+    steps = [report.step for report in train(resumed, squared, numbers, QUICK, tmp_path / "parts", seed=1)]
+    assert steps == [4, 5, 6]
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_finished_run_does_nothing_and_gives_the_averaged_weights(tmp_path: Path) -> None:
+    first, again = Line(), Line()
+    for report in train(first, squared, numbers, QUICK, tmp_path, seed=1):
+        averages = {name: tensor.clone() for name, tensor in report.ema.shadow.items()}
+    assert list(train(again, squared, numbers, QUICK, tmp_path, seed=1)) == []
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, averages[name])
+
+
+def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path: Path) -> None:
+    def poisoned(module: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"loss": module(batch[0]).mean() * math.nan}
+
+    model = Line()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(NotFiniteError, match="5 updates in a row"):
+        list(train(model, poisoned, numbers, QUICK, tmp_path, seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_torn_checkpoint_is_passed_over_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in train(Line(), squared, numbers, QUICK, tmp_path, seed=1):
+        pass
+    torn = tmp_path / "step_00000006" / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None and saved.step == 3
+    assert "step_00000006: model.safetensors: sha256 differs" in capsys.readouterr().err
+
+
+def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
+    config = OptimizationConfig(steps=100, batch_size=1, learning_rate=1.0, warmup_steps=10, decay=0.5)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[49] == 1.0
+    assert rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
+
+
+def test_average_follows_its_formula() -> None:
+    model = Line()
+    ema, known = EMA(model, decay=0.5), model.linear.weight.item()
+    for update in range(1, 20):
+        with torch.no_grad():
+            model.linear.weight.fill_(float(update))
+        ema.update(model)
+        decay = min(0.5, (1 + update) / (10 + update))
+        known = decay * known + (1 - decay) * update
+    assert ema.shadow["linear.weight"].item() == pytest.approx(known)
+
+
+def test_contrastive_loss_has_its_known_values() -> None:
+    same = torch.eye(4)
+    loss, accuracy = contrastive_loss(same, same, scale=100.0)
+    assert loss < 1e-6 and accuracy == 1.0
+    loss, _ = contrastive_loss(torch.ones(4, 2) / 2**0.5, torch.ones(4, 2) / 2**0.5, scale=1.0)
+    assert loss.item() == pytest.approx(math.log(4))
+    with_negatives, accuracy = contrastive_loss(same, torch.cat([same, same * 1.01]), scale=100.0)
+    assert with_negatives > 0.1 and accuracy == 0.0, "hard negatives count against the image"
+
+
+def test_gradient_loss_sees_edges_and_not_brightness() -> None:
+    image = torch.rand(1, 3, 16, 16)
+    assert gradient_loss(image, image + 0.5) < 1e-6
+    assert gradient_loss(image, image.flip(3)) > 0.1
+
+
+def test_transformed_latent_and_image_agree() -> None:
+    latent = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert torch.equal(transform(latent, 1.0, 1), torch.rot90(latent, 1, (2, 3)))
+    assert transform(latent, 0.5, 0).shape == (1, 1, 2, 2)
+
+
+def flat_pictures(seed: int) -> Iterator[Image.Image]:
+    rng = np.random.default_rng(abs(seed))
+    while True:
+        picture = np.full((32, 32, 3), rng.integers(0, 256, 3), dtype=np.uint8)
+        picture[8:24, 8:24] = rng.integers(0, 256, 3)
+        yield Image.fromarray(picture)
+
+
+def test_autoencoder_learns_colours_and_knows_its_statistics(tmp_path: Path) -> None:
+    config = AutoencoderTraining(
+        steps=60, batch_size=8, learning_rate=2e-3, warmup_steps=5, ema_decay=0.8, crop=32, sides=(32,),
+        precision="no", equivariance=0.1, save_every=1000,
+    )  # fmt: skip
+    shape = AutoencoderConfig(
+        channels=16, multipliers=(1, 1, 1, 1), res_blocks=1, mid_attention=False, groups=4, latent_std=(1.0,) * 4
+    )
+    torch.manual_seed(0)
+    model = KLAutoencoder(shape)
+    initialise(model)
+    losses = [
+        report.losses["squared"]
+        for report in train(
+            Reconstruction(model), autoencoder_losses(config), lambda step: crops(flat_pictures(step), config, step),
+            config, tmp_path, seed=0,
+        )
+    ]  # fmt: skip
+    assert np.mean(losses[-20:]) < 0.5 * losses[0]
+    pictures = flat_pictures(-1)
+    images = torch.stack([to_tensor(next(pictures)) for _ in range(32)])
+    fitted, r_squared = fit_statistics(model, images)
+    assert 0.3 < r_squared <= 1.0
+    latent = KLAutoencoder(fitted)
+    latent.load_state_dict(model.state_dict())
+    mean = latent.encode(images).mean
+    assert torch.allclose(mean.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(mean.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3)
+
+
+def test_latents_are_cached_for_what_they_were_made_from_only(tmp_path: Path) -> None:
+    cache = LatentCache(torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2), torch.randn(2, 5, 8), torch.tensor([0, 0, 1]))
+    latents.save(tmp_path / "a.safetensors", cache, {"of": "this"})
+    loaded = latents.load(tmp_path / "a.safetensors", {"of": "this"})
+    assert loaded is not None and torch.equal(loaded.states, cache.states)
+    assert latents.load(tmp_path / "a.safetensors", {"of": "that"}) is None
+    assert latents.load(tmp_path / "b.safetensors", {"of": "this"}) is None
+
+
+def digits_recipe() -> Recipe:
+    overrides = ["model.unet.channels=16", "model.unet.multipliers=[1,2]", "model.unet.attention=[false,true]",
+                 "model.unet.head_width=16", "sample_prompts=['1','2']"]  # fmt: skip
+    recipe = configuration.load(ROOT / "configs" / "ddpm-digits.yaml", Recipe, overrides)
+    stage = recipe.unet_training[0].model_copy(
+        update={"steps": 40, "pictures": 200, "batch_size": 16, "warmup_steps": 5, "precision": "no", "ema_decay": 0.8}
+    )
+    return recipe.model_copy(update={"unet_training": (stage,)})
+
+
+def test_from_digits_to_a_bundle_that_draws_them(tmp_path: Path) -> None:
+    run = Run(digits_recipe(), tmp_path, lambda seed: endless(BUNDLED, seed))
+    *_, cache = latents_stage(run, 0)
+    assert isinstance(cache, LatentCache) and cache.mean.shape == (200, 1, 28, 28) and cache.std.abs().max() == 0
+    losses = [report.losses["loss"] for report in unet_stage(run, 0, cache, model_so_far(run))]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    bundle = Bundle.load(str(finish(run)))
+    request = GenerationRequest(prompt="3", steps=4, seed=1)
+    (picture,) = TextToImage(bundle)(request)
+    assert picture.image.size == (28, 28) and picture.image.mode == "L"
+    assert json.loads((tmp_path / "latents" / "28.json").read_text())
+
+
+def test_bundled_digits_are_white_on_black_and_enlarged() -> None:
+    images, labels = load(BUNDLED)
+    assert images.shape == (1797, 28, 28) and set(labels.tolist()) == set(range(10))
+    assert images[:, 0, 0].mean() < 20 and images[:, 10:18, 10:18].mean() > 80
+
+
+def test_idx_files_are_read_and_torn_ones_refused(tmp_path: Path) -> None:
+    pixels = np.arange(2 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(2, 28, 28)
+    header = np.array([2051, 2, 28, 28], dtype=">u4").tobytes()
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(np.array([2049, 2], dtype=">u4").tobytes() + bytes([7, 1]))
+    images, labels = load(str(tmp_path))
+    assert np.array_equal(images, pixels) and labels.tolist() == [7, 1]
+    torn = tmp_path / "torn"
+    torn.write_bytes(header + pixels.tobytes()[:-1])
+    with pytest.raises(DataError, match="torn"):
+        read_idx(torn, 2051)
+    with pytest.raises(DataError, match="magic number 2049"):
+        read_idx(tmp_path / "train-labels-idx1-ubyte", 2051)
+    with pytest.raises(DataError, match="no train-images"):
+        load(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_builds(path: Path) -> None:
+    from ldm.bundle import build
+
+    recipe = configuration.load(path, Recipe)
+    with torch.device("meta"):
+        autoencoder, text, unet = build(recipe.model)
+    assert recipe.unet_training and sum(p.numel() for p in unet.parameters()) > 0
