@@ -1,10 +1,10 @@
 """Latent diffusion, end to end: an autoencoder, a text encoder, a denoiser, guidance and a sampler, and their training.
 
-    from ldm import Bundle, GenerationRequest, TextToImage
+from ldm import Bundle, GenerationRequest, TextToImage
 
-    pipeline = TextToImage(Bundle.load("shapes-256"))
-    for picture in pipeline(GenerationRequest(prompt="a red circle to the left of a blue square", seed=1)):
-        picture.image.save("circle.png")
+pipeline = TextToImage(Bundle.load("shapes-256"))
+for picture in pipeline(GenerationRequest(prompt="a red circle to the left of a blue square", seed=1)):
+    picture.image.save("circle.png")
 """
 
 from importlib import import_module

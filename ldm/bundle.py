@@ -22,6 +22,7 @@ from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, KLAutoencoder
 from ldm.models.model_config import ModelConfig
 from ldm.models.text import ClipTextConfig, ClipTextEncoder, LabelEncoder, TextEncoder
 from ldm.models.unet import UNet
+from ldm.nn.layers import channels_last
 
 FOLDER = Path(__file__).parent / "bundles"
 DEFAULT = "shapes-256"
@@ -61,10 +62,13 @@ def read_config(folder: Path) -> ModelConfig:
 
 def build(config: ModelConfig) -> tuple[Autoencoder, TextEncoder, UNet]:
     """The three networks of a config, with fresh weights."""
-    is_kl = isinstance(config.autoencoder, AutoencoderConfig)
-    autoencoder = KLAutoencoder(config.autoencoder) if is_kl else PixelAutoencoder(config.autoencoder)
-    is_clip = isinstance(config.text, ClipTextConfig)
-    text = ClipTextEncoder(config.text) if is_clip else LabelEncoder(config.text)
+    autoencoder: Autoencoder
+    if isinstance(config.autoencoder, AutoencoderConfig):
+        autoencoder = KLAutoencoder(config.autoencoder)
+    else:
+        autoencoder = PixelAutoencoder(config.autoencoder)
+    text: TextEncoder
+    text = ClipTextEncoder(config.text) if isinstance(config.text, ClipTextConfig) else LabelEncoder(config.text)
     return autoencoder, text, UNet(config.unet)
 
 
@@ -110,12 +114,12 @@ class Bundle:
         config = read_config(folder)
         digest = verify(folder)
         with torch.device("meta"):
-            parts = dict(zip(PARTS, build(config), strict=True))
-        for part, module in parts.items():
-            assert isinstance(module, nn.Module)
-            fill(module, folder / f"{part}.safetensors", torch.float32 if part == "text" else dtype)
-            module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        return cls(folder.name, config, parts["autoencoder"], parts["text"], parts["unet"], digest)
+            autoencoder, text, unet = build(config)
+        for part, network in zip(PARTS, (autoencoder, text, unet), strict=True):
+            assert isinstance(network, nn.Module)
+            fill(network, folder / f"{part}.safetensors", torch.float32 if part == "text" else dtype)
+            channels_last(network.to(device)).eval().requires_grad_(False)
+        return cls(folder.name, config, autoencoder, text, unet, digest)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
         """Write config, weights in `dtype` and the manifest to `folder`, which is made; returns it."""
@@ -207,7 +211,5 @@ def restore_buffer(module: nn.Module, name: str) -> None:
     """Compute a constant that is not stored in files: the causal mask of the text transformer."""
     assert name == "tower.attn_mask", name
     tower = module.get_submodule("tower")
-    length = tower.attn_mask.shape[0]  # type: ignore[union-attr, index]
+    length = tower.attn_mask.shape[0]  # type: ignore[index]
     tower.attn_mask = torch.full((length, length), float("-inf")).triu(1)  # type: ignore[arg-type]
-
-

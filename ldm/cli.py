@@ -39,7 +39,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -77,7 +77,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         report("memory: not enough for this run; use a smaller size or fewer images at once", debug)
     except OSError as error:
         code = MachineError.exit_code
-        report(f"{error.filename or 'system'}: {error.strerror or error}; check the path, its rights and the disk", debug)
+        report(
+            f"{error.filename or 'system'}: {error.strerror or error}; check the path, its rights and the disk", debug
+        )
     except Exception:
         code = EXIT_BUG
         with tempfile.NamedTemporaryFile("w", prefix="ldm-", suffix=".txt", delete=False) as file:

@@ -99,7 +99,9 @@ def load(path: Path, schema: type[ConfigType], overrides: Sequence[str] = ()) ->
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise SettingError(f"{path}: {error.strerror}; give the path of a YAML file, e.g. configs/shapes.yaml") from None
+        raise SettingError(
+            f"{path}: {error.strerror}; give the path of a YAML file, e.g. configs/shapes.yaml"
+        ) from None
     except UnicodeDecodeError:
         raise SettingError(f"{path}: not UTF-8 text; give the path of a YAML file") from None
     values = parse_yaml(text, str(path))

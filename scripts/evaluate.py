@@ -1,5 +1,6 @@
 """Measure a model: draw fixed prompts from fixed seeds and count how many pictures are right."""
 
+import argparse
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ldm.pipeline import TextToImage
+    from ldm.request import GenerationRequest
 
 EXAMPLES = """examples:
   python scripts/evaluate.py --metrics shapes
@@ -23,6 +25,7 @@ FIRST_SEED = 10_000
 
 
 def parser() -> ArgumentParser:
+    """The flags."""
     made = ArgumentParser(description=f"{__doc__}\n\n{EXAMPLES}", prog="evaluate.py")
     made.add_argument("--model", metavar="NAME|PATH", help="bundle to measure [the bundled model]")
     made.add_argument("--metrics", choices=("shapes", "digits"), default="shapes", help="what is counted [shapes]")
@@ -41,6 +44,7 @@ def parser() -> ArgumentParser:
 
 
 def main() -> None:
+    """Draw, count, print."""
     args = parser().parse_args()
     from ldm.bundle import DEFAULT, Bundle
     from ldm.machine import check_names, find_device, find_dtype
@@ -76,7 +80,7 @@ def main() -> None:
     print(json.dumps(protocol))
 
 
-def draw(engine: "TextToImage", prompts: Sequence[str], request: object, batch_size: int) -> "list[Image]":
+def draw(engine: "TextToImage", prompts: Sequence[str], request: "GenerationRequest", batch_size: int) -> "list[Image]":
     """One picture per prompt, picture i from seed FIRST_SEED + i."""
     from tqdm import tqdm
 
@@ -88,7 +92,7 @@ def draw(engine: "TextToImage", prompts: Sequence[str], request: object, batch_s
     return images
 
 
-def shapes(engine: "TextToImage", request: object, args: object) -> dict[str, object]:
+def shapes(engine: "TextToImage", request: "GenerationRequest", args: argparse.Namespace) -> dict[str, object]:
     """Held-out prompts with one object and with two, read by the oracle."""
     from ldm.data.shapes import held_out_prompts
     from ldm.evaluation.scores import score_shapes
@@ -107,7 +111,7 @@ def shapes(engine: "TextToImage", request: object, args: object) -> dict[str, ob
     return figures
 
 
-def digits(engine: "TextToImage", request: object, args: object) -> dict[str, object]:
+def digits(engine: "TextToImage", request: "GenerationRequest", args: argparse.Namespace) -> dict[str, object]:
     """Every digit equally often, read by a linear probe that learned on real digits."""
     from ldm.data.digits import BUNDLED, load
     from ldm.evaluation.scores import score_digits

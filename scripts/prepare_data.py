@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +22,7 @@ EPILOG = """examples:
   python scripts/prepare_data.py --verify data/shapes
 Sample i of a seed is the same whatever the number of workers. The settings are kept in dataset.json beside the shards.
 exit codes: 0 done, 2 bad setting, 3 bad data, 5 machine, 130 stopped"""
+Sample = dict[str, object]
 SETTINGS_FILE = "dataset.json"
 LINE_EVERY_SECONDS = 10.0
 SAMPLES_AT_ONCE = 32  # a worker's portion
@@ -29,6 +30,7 @@ LARGEST = {"count": 100_000_000, "resolution": 4096, "shard_size": 1_000_000, "w
 
 
 def parser() -> ArgumentParser:
+    """The flags."""
     made = ArgumentParser(description=__doc__, epilog=EPILOG, prog="prepare_data.py")
     made.add_argument("--source", choices=("shapes",), default="shapes", help="what the pictures show")
     made.add_argument("--count", type=int, default=20000, metavar="N", help="number of pictures (20000)")
@@ -44,6 +46,7 @@ def parser() -> ArgumentParser:
 
 
 def main() -> None:
+    """Check the flags; then prepare, or verify."""
     args = parser().parse_args()
     if args.verify is not None:
         verify(args.verify)
@@ -115,7 +118,7 @@ def kept_settings(folder: Path) -> dict[str, object]:
 
 
 @contextmanager
-def in_order(workers: int) -> Iterator[object]:
+def in_order(workers: int) -> Iterator[Callable[..., Iterable[Sample]]]:
     """A `map` that keeps the order, over so many processes."""
     if workers == 1:
         yield map
@@ -126,7 +129,7 @@ def in_order(workers: int) -> Iterator[object]:
         yield partial(pool.imap, chunksize=SAMPLES_AT_ONCE)
 
 
-def shown(samples: Iterable[object], done: int, count: int) -> Iterator[object]:
+def shown(samples: Iterable[Sample], done: int, count: int) -> Iterator[Sample]:
     """The samples, with a bar on a terminal and a plain line now and then elsewhere."""
     if sys.stderr.isatty():
         from tqdm import tqdm

@@ -28,6 +28,7 @@ LINE_EVERY_SECONDS = 30.0
 
 
 def parser() -> ArgumentParser:
+    """The flags."""
     made = ArgumentParser(description=f"{__doc__}\n\n{EXAMPLES}", prog="train.py")
     made.add_argument("stage", choices=STAGES, help="which stage; all runs what is not finished yet, and then bundles")
     made.add_argument("--config", required=True, type=Path, metavar="FILE", help="the recipe, a YAML file")
@@ -39,6 +40,7 @@ def parser() -> ArgumentParser:
 
 
 def main() -> None:
+    """Check the recipe and the data, then run the stages that are not finished."""
     args = parser().parse_args()
     from ldm import config
     from ldm.training.recipe import Recipe
@@ -77,6 +79,7 @@ def open_samples(data: "DataConfig", seed: int) -> "Samples":
 
 
 def autoencoder(this: "Run") -> None:
+    """The autoencoder stage, and what it reached."""
     from ldm.training.run import autoencoder_stage
 
     for _ in shown(autoencoder_stage(this), this, "autoencoder"):
@@ -88,6 +91,7 @@ def autoencoder(this: "Run") -> None:
 
 
 def clip(this: "Run") -> None:
+    """The CLIP stage."""
     from ldm.training.run import clip_stage
 
     for _ in shown(clip_stage(this), this, "clip"):
@@ -95,6 +99,7 @@ def clip(this: "Run") -> None:
 
 
 def unet(this: "Run") -> None:
+    """Cached latents and the UNet, stage by stage."""
     from ldm.training.latents import LatentCache
     from ldm.training.run import latents_stage, model_so_far, unet_stage
 
@@ -153,6 +158,7 @@ def shown(reports: "Iterator[Report]", this: "Run", stage: str) -> "Iterator[Rep
 
 
 def note(text: str) -> None:
+    """Say something on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,5 +1,6 @@
 """The mathematics has its known answers: schedules, grids, the forward process, the denoiser, guidance and noise."""
 
+import itertools
 import math
 
 import numpy as np
@@ -39,7 +40,7 @@ def test_every_grid_runs_the_number_of_steps_asked_for(name: str) -> None:
     for steps in [*range(1, 130), 333, 500, 501, 750, 999, 1000]:
         sigmas = GRIDS[name](SD, steps)
         assert len(sigmas) == steps + 1 and sigmas[-1] == 0.0
-        assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False)), (name, steps)
+        assert all(a > b for a, b in itertools.pairwise(sigmas)), (name, steps)
         assert sigmas[0] <= SD.sigma_max * (1 + 1e-12)
 
 
@@ -48,9 +49,7 @@ def test_grids_have_their_golden_numbers() -> None:
     assert linspace(SD, 20)[-3:] == pytest.approx([0.2322, 0.0292, 0.0], abs=1e-4)
     golden = [14.6146, 9.1029, 5.4784, 3.1686, 1.7494, 0.9141, 0.4469, 0.2014, 0.0819, 0.0292, 0.0]
     assert karras(SD, 10) == pytest.approx(golden, abs=1e-4)
-    leading, trailing = (
-        [round(SD.timestep(s)) for s in GRIDS[name](SD, 20)[:-1]] for name in ("leading", "trailing")
-    )
+    leading, trailing = ([round(SD.timestep(s)) for s in GRIDS[name](SD, 20)[:-1]] for name in ("leading", "trailing"))
     assert (leading[0], leading[-1]) == (951, 1)
     assert (trailing[0], trailing[-1]) == (999, 49)
 

@@ -186,12 +186,12 @@ def test_label_encoder_knows_its_labels_only() -> None:
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     sampling = SamplingDefaults(width=64, height=64)
-    with pytest.raises(ValueError, match="16 wide.*expects 24"):
+    with pytest.raises(ValueError, match=r"16 wide.*expects 24"):
         ModelConfig(
             autoencoder=TINY_AUTOENCODER, text=TINY_TEXT, unet=TINY_UNET.model_copy(update={"context_width": 24}),
             sampling=sampling,
         )  # fmt: skip
-    with pytest.raises(ValueError, match="4 latent channels.*reads 8"):
+    with pytest.raises(ValueError, match=r"4 latent channels.*reads 8"):
         ModelConfig(
             autoencoder=TINY_AUTOENCODER, text=TINY_TEXT,
             unet=TINY_UNET.model_copy(update={"in_channels": 8, "out_channels": 8}), sampling=sampling,

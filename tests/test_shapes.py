@@ -96,8 +96,8 @@ def test_objects_stay_inside_and_apart(training: list[Scene]) -> None:
     for scene in training[:3000]:
         for shown in (scene, twin(scene, rng)):
             for index, a in enumerate(shown.things):
-                assert 0.029 < a.x - a.extent / 2 and a.x + a.extent / 2 < 0.971
-                assert 0.029 < a.y - a.extent / 2 and a.y + a.extent / 2 < 0.971
+                assert a.extent / 2 + 0.029 < a.x < 0.971 - a.extent / 2
+                assert a.extent / 2 + 0.029 < a.y < 0.971 - a.extent / 2
                 for b in shown.things[:index]:
                     assert max(abs(a.x - b.x), abs(a.y - b.y)) - (a.extent + b.extent) / 2 > 0.0599
 

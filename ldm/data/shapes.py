@@ -280,7 +280,10 @@ def _twins_of_one(scene: Scene, rng: random.Random) -> list[Scene]:
 
     colour = rng.choice([name for name in COLOURS if name != thing.colour and allowed(name, thing.shape)])
     shape = rng.choice([name for name in SHAPES if name != thing.shape and allowed(thing.colour, name)])
-    twins = [replace(scene, things=(replace(thing, **change),)) for change in ({"colour": colour}, {"shape": shape})]
+    twins = [
+        replace(scene, things=(replace(thing, colour=colour),)),
+        replace(scene, things=(replace(thing, shape=shape),)),
+    ]
     if thing.size != DEFAULT_SIZE:
         size = "small" if thing.size == "large" else "large"
         extent = rng.uniform(*SIZES[size])
@@ -298,6 +301,7 @@ def _twins_of_one(scene: Scene, rng: random.Random) -> list[Scene]:
 
 def _twins_of_two(scene: Scene, rng: random.Random) -> list[Scene]:
     first, second = scene.things
+    assert scene.relation is not None
     mirrored = tuple(
         replace(thing, x=1 - thing.x) if scene.relation in ("left of", "right of") else replace(thing, y=1 - thing.y)
         for thing in scene.things

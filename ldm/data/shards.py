@@ -62,7 +62,8 @@ def write_shards(
     shard, so that an interrupted run can go on. DataError where a shard exists already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    remaining, written = iter(samples), []
+    remaining = iter(samples)
+    written: list[Path] = []
     for number in itertools.count(start):
         batch = list(itertools.islice(remaining, shard_size))
         if not batch:

@@ -57,14 +57,18 @@ class NoiseSchedule:
         return float(np.exp(np.interp(timestep, np.arange(len(self)), self.log_sigmas)))
 
 
+def _alphas_cumprod(betas: NDArray[np.floating]) -> Array:
+    return np.asarray(np.cumprod(1.0 - betas), dtype=np.float64)
+
+
 def linear(beta_start: float, beta_end: float, timesteps: int) -> NoiseSchedule:
     """β linear from start to end (Ho et al. 2020: 1e-4 to 0.02 in 1,000 steps)."""
-    return NoiseSchedule(np.cumprod(1.0 - np.linspace(beta_start, beta_end, timesteps)))
+    return NoiseSchedule(_alphas_cumprod(np.linspace(beta_start, beta_end, timesteps)))
 
 
 def scaled_linear(beta_start: float, beta_end: float, timesteps: int) -> NoiseSchedule:
     """√β linear from start to end (latent diffusion and Stable Diffusion: 0.00085 to 0.012 in 1,000 steps)."""
-    return NoiseSchedule(np.cumprod(1.0 - np.linspace(beta_start**0.5, beta_end**0.5, timesteps) ** 2))
+    return NoiseSchedule(_alphas_cumprod(np.linspace(beta_start**0.5, beta_end**0.5, timesteps) ** 2))
 
 
 NOISE_SCHEDULES: dict[str, Callable[[float, float, int], NoiseSchedule]] = {

@@ -73,7 +73,7 @@ def features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
 def score_digits(
     asked: Sequence[int], images: Sequence[Image.Image], real: NDArray[np.uint8], labels: NDArray[np.int64]
 ) -> tuple[Share, Share]:
-    """The share of pictures that a linear probe reads as the digit asked for, and of held-out real digits it reads right.
+    """The share of pictures that a linear probe reads as the digit asked for, and that of real digits it reads right.
 
     The probe is a logistic regression that is trained on four fifths of the real digits (n 28 28).
     """

@@ -100,7 +100,9 @@ class Autoencoder(Protocol):
 class _Block(nn.Module):
     """The residual blocks of one resolution, and what leads to the next one."""
 
-    def __init__(self, widths: list[tuple[int, int]], groups: int, resample: str | None, module: nn.Module | None) -> None:
+    def __init__(
+        self, widths: list[tuple[int, int]], groups: int, resample: str | None, module: nn.Module | None
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(i, o, groups=groups, eps=NORM_EPS) for i, o in widths)
         self.resample = resample

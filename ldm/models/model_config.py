@@ -55,7 +55,8 @@ class ModelConfig(Config):
             )
         if self.unet.context_width != self.text.width:
             raise ValueError(
-                f"the text encoder is {self.text.width} wide, the UNet's cross-attention expects {self.unet.context_width}"
+                f"the text encoder is {self.text.width} wide, "
+                f"the UNet's cross-attention expects {self.unet.context_width}"
             )
         for side in (self.sampling.width, self.sampling.height):
             if side % self.factor:

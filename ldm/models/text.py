@@ -190,10 +190,8 @@ class LabelEncoder(nn.Module):
         for prompt in prompts:
             label = prompt.strip()
             if label and label not in self.config.labels:
-                known = ", ".join(self.config.labels)
-                raise SettingError(
-                    f"prompt: {prompt!r} is not a label of this model{nearest(label, self.config.labels)}; use one of {known}"
-                )
+                known = f"{nearest(label, self.config.labels)}; use one of {', '.join(self.config.labels)}"
+                raise SettingError(f"prompt: {prompt!r} is not a label of this model{known}")
             indices.append(self.config.labels.index(label) if label else len(self.config.labels))
         vectors = self.embedding(torch.tensor(indices, device=self.embedding.weight.device)).float()
         return TextEmbedding(vectors[:, None], vectors)

@@ -7,7 +7,7 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.nn.layers import Downsample, ResBlock, SpatialTransformer, TimestepMLP, Upsample, timestep_embedding
+from ldm.nn.layers import Downsample, ResBlock, SpatialTransformer, TimestepMLP, Upsample, timestep_embedding, zero_init
 
 NORM_EPS = 1e-5
 
@@ -62,9 +62,7 @@ class _Level(nn.Module):
     def __init__(self, config: UNetConfig, pairs: list[tuple[int, int]], attention: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResBlock(
-                i, o, groups=config.groups, eps=NORM_EPS, time_width=4 * config.channels, dropout=config.dropout
-            )
+            ResBlock(i, o, groups=config.groups, eps=NORM_EPS, time_width=4 * config.channels, dropout=config.dropout)
             for i, o in pairs
         )
         self.attentions = nn.ModuleList(transformer(config, o) for _, o in pairs if attention)
@@ -162,8 +160,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UpLevel(config, pairs, config.attention[level], last=level == 0))
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        zero_init(self.conv_out)
 
     def forward(
         self,

@@ -14,7 +14,6 @@ from PIL import Image
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from ldm.config import Config
 from ldm.images import to_tensor
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.nn.layers import ResBlock, zero_init
@@ -47,7 +46,8 @@ def initialise(autoencoder: KLAutoencoder, log_variance: float = -8.0) -> None:
     for module in autoencoder.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.mul_(3**0.5)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                module.bias.zero_()
     for module in autoencoder.modules():
         if isinstance(module, ResBlock):
             zero_init(module.conv2)
@@ -55,6 +55,7 @@ def initialise(autoencoder: KLAutoencoder, log_variance: float = -8.0) -> None:
     for convolution in (autoencoder.quant_conv, autoencoder.post_quant_conv):
         nn.init.zeros_(convolution.weight)
         convolution.weight[:channels, :channels, 0, 0] = torch.eye(channels)
+    assert autoencoder.quant_conv.bias is not None
     autoencoder.quant_conv.bias[channels:].fill_(log_variance)
 
 

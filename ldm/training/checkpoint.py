@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +105,8 @@ def newest(root: Path) -> Checkpoint | None:
     return None
 
 
-def _newest_first(root: Path) -> Iterator[Path]:
-    return reversed(sorted(root.glob("step_*")))
+def _newest_first(root: Path) -> list[Path]:
+    return sorted(root.glob("step_*"), reverse=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -48,7 +48,7 @@ def clip_losses(config: ClipTraining) -> Callable[[nn.Module, Batch, torch.Gener
 def pairs(
     samples: Iterator[tuple[Image.Image, str, dict[str, object]]], clip: Clip, batch_size: int
 ) -> Iterator[tuple[Float[Tensor, "b 3 h w"], Tensor]]:
-    """Batches of images and token ids; a sample's "negative" caption, where it has one, follows behind the true ones."""
+    """Batches of images and token ids; the "negative" captions of samples that have one follow the true ones."""
     side = clip.config.image_size
     while True:
         images, captions, negatives = [], [], []

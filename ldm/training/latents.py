@@ -35,7 +35,7 @@ class LatentCache:
 
 @torch.inference_mode()
 def encode(
-    samples: Samples, count: int, side: int, autoencoder: Autoencoder, text: TextEncoder, batch: int = 32
+    samples: Samples, count: int, side: int, autoencoder: Autoencoder, text: TextEncoder, bf16: bool, batch: int = 32
 ) -> Iterator[int | LatentCache]:
     """Encode `count` pictures at `side`×`side`; yields how many are done, and last the cache (fp16)."""
     means, stds, indices = [], [], []
@@ -46,7 +46,8 @@ def encode(
         if not chunk:
             break
         images = torch.stack([to_tensor(resized(image, side)) for image, _, _ in chunk])
-        posterior = autoencoder.encode(images.contiguous(memory_format=torch.channels_last))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            posterior = autoencoder.encode(images.contiguous(memory_format=torch.channels_last))
         means.append(posterior.mean.half().contiguous())
         stds.append(posterior.std.half().contiguous())
         indices += [captions.setdefault(caption, len(captions)) for _, caption, _ in chunk]

@@ -20,6 +20,7 @@ from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.models.clip import Clip
 from ldm.models.text import ClipTextConfig
 from ldm.models.unet import UNet
+from ldm.nn.layers import channels_last
 from ldm.training import latents
 from ldm.training.autoencoder import Reconstruction, autoencoder_losses, crops, fit_statistics, initialise, psnr
 from ldm.training.checkpoint import load_tensors, save_tensors
@@ -57,7 +58,7 @@ def autoencoder_stage(run: Run) -> Iterator[Report]:
     if config is None or not isinstance(shape, AutoencoderConfig) or path.is_file():
         return
     torch.manual_seed(run.recipe.seed)
-    autoencoder = KLAutoencoder(shape).to(memory_format=torch.channels_last)
+    autoencoder = channels_last(KLAutoencoder(shape))
     initialise(autoencoder)
     yield from train(
         Reconstruction(autoencoder),
@@ -112,29 +113,34 @@ def model_so_far(run: Run) -> Bundle:
         if run.product(name).is_file():
             assert isinstance(module, nn.Module)
             module.load_state_dict(load_tensors(run.product(name)))
-            module.to(memory_format=torch.channels_last)
+            channels_last(module)
     for module in (autoencoder, text):
         assert isinstance(module, nn.Module)
         module.eval().requires_grad_(False)
-    return Bundle(run.recipe.name, model, autoencoder, text, unet.to(memory_format=torch.channels_last))
+    return Bundle(run.recipe.name, model, autoencoder, text, channels_last(unet))
 
 
 def latents_stage(run: Run, index: int) -> Iterator[int | LatentCache]:
     """Encode the pictures of one UNet stage; yields how many are done, and last the cache."""
     stage = run.recipe.unet_training[index]
     bundle = model_so_far(run)
-    source = {name: str(run.product(name).stat().st_mtime_ns) for name in ("autoencoder", "text") if run.product(name).is_file()}
-    about = {"of": digest([source, run.recipe.data.model_dump(), stage.side, stage.pictures])}
+    source = {
+        name: str(run.product(name).stat().st_mtime_ns)
+        for name in ("autoencoder", "text")
+        if run.product(name).is_file()
+    }
+    about: dict[str, object] = {"of": digest([source, run.recipe.data.model_dump(), stage.side, stage.pictures])}
     path = run.folder / "latents" / f"{stage.side}.safetensors"
     cache = latents.load(path, about)
     if cache is None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bf16"):
-            for report in latents.encode(run.samples(0), stage.pictures, stage.side, bundle.autoencoder, bundle.text):
-                if isinstance(report, LatentCache):
-                    cache = report
-                    latents.save(path, cache, about)
-                else:
-                    yield report
+        bf16 = stage.precision == "bf16"
+        samples = run.samples(0)
+        for report in latents.encode(samples, stage.pictures, stage.side, bundle.autoencoder, bundle.text, bf16):
+            if isinstance(report, LatentCache):
+                cache = report
+                latents.save(path, cache, about)
+            else:
+                yield report
     assert cache is not None
     yield cache
 

@@ -26,7 +26,14 @@ Shown = tuple[Image.Image | str | None, str, int]
 
 
 def draw(
-    engine: TextToImage, outdir: Path, turn: threading.Lock, prompt: str, negative: str, steps: int, guidance: float, seed: int
+    engine: TextToImage,
+    outdir: Path,
+    turn: threading.Lock,
+    prompt: str,
+    negative: str,
+    steps: int,
+    guidance: float,
+    seed: int,
 ) -> Iterator[Shown]:
     """Pictures on the way, then the path of the saved PNG, each with a status line and the seed."""
     try:
@@ -76,7 +83,12 @@ def page(engine: TextToImage, outdir: Path) -> gr.Blocks:
             steps = gr.Slider(1, 100, defaults.steps, step=1, label="Steps", info="More is slower and finer")
             with gr.Accordion("Advanced", open=False):
                 guidance = gr.Slider(
-                    0, 30, defaults.guidance_scale, step=0.5, label="Guidance", info="How closely the prompt is followed"
+                    0,
+                    30,
+                    defaults.guidance_scale,
+                    step=0.5,
+                    label="Guidance",
+                    info="How closely the prompt is followed",
                 )
                 seed = gr.Number(
                     RANDOM_SEED, precision=0, label="Seed", info="The same seed gives the same picture; -1 is a new one"

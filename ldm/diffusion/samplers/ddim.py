@@ -1,5 +1,6 @@
 """DDIM: keep the direction to the noise, shrink it to the next level."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ def ddim(
     In this coordinate s = η σ' √(1 − σ'²/σ²), so that η = 0 is Euler's method and η = 1 is DDPM's posterior.
     """
     total = len(sigmas) - 1
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         down, up = ancestral_split(sigma, sigma_next, eta)
         x0 = denoise(x, sigma)
         direction = (x - x0) / sigma

@@ -1,5 +1,6 @@
 """DDPM: ancestral sampling, one draw from the posterior at every step."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +23,7 @@ def ddpm(
     Made for all T timesteps (`leading` or `trailing` with steps = T); correct for any falling grid.
     """
     total = len(sigmas) - 1
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         kept = sigma_next**2 / sigma**2
         x0 = denoise(x, sigma)
         x = x0 + kept * (x - x0)

@@ -1,5 +1,6 @@
 """Euler's method on the probability-flow ODE dx/dσ = (x − x0(x, σ))/σ, and its ancestral variant."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 def euler(denoise: Denoise, x: "Tensor", sigmas: Sequence[float], noise: Noise | None = None) -> Iterator[Step]:
     """Karras et al. 2022, Algorithm 1 without its correction."""
     total = len(sigmas) - 1
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         x0 = denoise(x, sigma)
         slope = (x - x0) / sigma
         x = x + slope * (sigma_next - sigma)
@@ -24,7 +25,7 @@ def euler_ancestral(
 ) -> Iterator[Step]:
     """Euler down to less than the next level, then fresh noise up to it (k-diffusion's `sample_euler_ancestral`)."""
     total = len(sigmas) - 1
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         down, up = ancestral_split(sigma, sigma_next, eta)
         x0 = denoise(x, sigma)
         slope = (x - x0) / sigma
