@@ -17,7 +17,6 @@ override STEPS := $(value STEPS)
 override SEED := $(value SEED)
 export PROMPT MODEL STEPS SEED
 
-MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help image prompt-given install test test-all lint app train-shapes train-digits
 
@@ -32,6 +31,7 @@ prompt-given:
 	@test -n "$$PROMPT" || { echo 'error: PROMPT: no prompt is given; write make image PROMPT="a red circle"' >&2; exit 2; }
 
 install: $(INSTALLED)  ## make .venv and install into it
+	@:
 
 test: $(INSTALLED)  ## run the tests, without the slow ones
 	@$(RUN) -m pytest

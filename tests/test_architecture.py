@@ -83,8 +83,8 @@ def import_faults(path: str, source: str) -> list[str]:
     for line, name in used(ast.parse(source)):
         if name.startswith("."):
             found.append(f"{path}:{line}: {name} is a relative import")
-        if name.startswith("ldm."):
-            target = name.split(".")[1]
+        if name.split(".")[0] == "ldm":
+            target = f"{name}.".split(".")[1]
             target = target if target in ALLOWED else "public"
             if target != own and target not in ALLOWED[own]:
                 found.append(f"{path}:{line}: {own} may not import {name}")
@@ -138,6 +138,7 @@ def test_settings_are_checked_without_torch() -> None:
         ("ldm/nn/layers.py", "from ldm import models"),
         ("ldm/nn/layers.py", "from ldm import TextToImage"),
         ("ldm/config.py", "import ldm.pipeline"),
+        ("ldm/config.py", "import ldm"),
         ("ldm/diffusion/samplers/heun.py", "def f():\n    from ldm.models.unet import UNet"),
         ("ldm/models/unet.py", "from ldm.diffusion.schedule import NoiseSchedule"),
         ("ldm/models/unet.py", "from ..nn import layers"),

@@ -175,7 +175,7 @@ def test_autoencoder_learns_colours_and_knows_its_statistics(tmp_path: Path) -> 
     losses = [
         report.losses["squared"]
         for report in train(
-            Reconstruction(model), autoencoder_losses(config), lambda step: crops(flat_pictures(step), config, step),
+            Reconstruction(model), autoencoder_losses(config, shape), lambda step: crops(flat_pictures(step), config, step),
             config, tmp_path, seed=0,
         )
     ]  # fmt: skip

@@ -75,10 +75,10 @@ class Reconstruction(nn.Module):
         """
         posterior = self.autoencoder.posterior(image)
         latent = transform(posterior.sample(noise), scale, turns)
-        target = F.interpolate(
-            torch.rot90(image, turns, (2, 3)), size=[side * self.autoencoder.factor for side in latent.shape[2:]],
-            mode="bilinear", antialias=True,
-        ) if scale != 1.0 else torch.rot90(image, turns, (2, 3))  # fmt: skip
+        target = torch.rot90(image, turns, (2, 3))
+        if scale != 1.0:
+            size = [side * self.autoencoder.factor for side in latent.shape[2:]]
+            target = F.interpolate(target, size=size, mode="bilinear", antialias=True)
         return self.autoencoder.reconstruct(latent), target, posterior.kl()
 
 
@@ -100,17 +100,19 @@ def gradient_loss(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"], scal
     return total / scales
 
 
-def autoencoder_losses(config: AutoencoderTraining) -> Callable[[nn.Module, Batch, torch.Generator], Losses]:
-    """The loss of one batch of images."""
+def autoencoder_losses(
+    config: AutoencoderTraining, shape: AutoencoderConfig
+) -> Callable[[nn.Module, Batch, torch.Generator], Losses]:
+    """The loss of one batch of images through an autoencoder of that shape."""
 
     def losses(module: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
         (image,) = batch
-        side = image.shape[-1] // 8
+        side = image.shape[-1] // shape.factor
         scale, turns = 1.0, 0
         if torch.rand((), generator=generator) < config.equivariance:
             scale = float(torch.randint(side // 2, side + 1, (), generator=generator)) / side
             turns = int(torch.randint(0, 4, (), generator=generator))
-        noise = torch.randn(image.shape[0], 4, side, side, generator=generator).to(image.device)
+        noise = torch.randn(len(image), shape.latent_channels, side, side, generator=generator).to(image.device)
         output, target, kl = module(image, noise, scale, turns)
         output = output.float()
         error = output - target

@@ -4,7 +4,6 @@ A folder is written under a temporary name on the same file system, flushed, and
 removed. `MANIFEST.json` holds the sha256 of every file, and the loader takes the newest folder that verifies.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.bundle import sha256
 from ldm.cli import warn
 from ldm.training.ema import EMA
 
@@ -29,12 +29,6 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     numbers: dict[str, Any]
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -62,7 +62,7 @@ def autoencoder_stage(run: Run) -> Iterator[Report]:
     initialise(autoencoder)
     yield from train(
         Reconstruction(autoencoder),
-        autoencoder_losses(config),
+        autoencoder_losses(config, shape),
         lambda step: crops((image for image, _, _ in run.samples(step)), config, step),
         config,
         run.folder / "checkpoints" / "autoencoder",
