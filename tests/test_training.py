@@ -172,13 +172,10 @@ def test_autoencoder_learns_colours_and_knows_its_statistics(tmp_path: Path) -> 
     torch.manual_seed(0)
     model = KLAutoencoder(shape)
     initialise(model)
-    losses = [
-        report.losses["squared"]
-        for report in train(
-            Reconstruction(model), autoencoder_losses(config, shape), lambda step: crops(flat_pictures(step), config, step),
-            config, tmp_path, seed=0,
-        )
-    ]  # fmt: skip
+    folder = tmp_path / "checkpoints"
+    losses_of = autoencoder_losses(config, shape)
+    steps = train(Reconstruction(model), losses_of, lambda at: crops(flat_pictures(at), config, at), config, folder, 0)
+    losses = [report.losses["squared"] for report in steps]
     assert np.mean(losses[-20:]) < 0.5 * losses[0]
     pictures = flat_pictures(-1)
     images = torch.stack([to_tensor(next(pictures)) for _ in range(32)])
