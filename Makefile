@@ -8,6 +8,7 @@ PYTHON ?= python3
 EXTRAS ?= ui,dev
 RUN := .venv/bin/python
 INSTALLED := .venv/installed-$(EXTRAS)
+LAST_SHARD := data/shapes/shapes-00019.tar
 
 # The user's words reach the shell through the environment, as they were typed: $(value) keeps make from expanding
 # them, and the recipe quotes them.
@@ -47,15 +48,16 @@ lint: $(INSTALLED)  ## check style and types
 app: $(INSTALLED)  ## start the web page
 	@$(RUN) app.py
 
-train-shapes: $(INSTALLED) data/shapes  ## train the bundle that ships, from nothing, on two CPU cores
+train-shapes: $(INSTALLED) $(LAST_SHARD)  ## train the bundle that ships, from nothing, on two CPU cores
 	@$(RUN) scripts/train.py all --config configs/shapes.yaml --run-dir runs/shapes
 
 train-digits: $(INSTALLED)  ## train the pixel-space diffusion of hand-written digits
 	@$(RUN) scripts/train.py all --config configs/ddpm-digits.yaml --run-dir runs/ddpm-digits
 
-data/shapes: | $(INSTALLED)
+# Shards appear whole and in order; until the last one is there, the next call goes on where this one was stopped.
+$(LAST_SHARD): | $(INSTALLED)
 	@$(RUN) scripts/prepare_data.py --source shapes --count 40000 --resolution 256 --output data/shapes \
-		--shard-size 2000 --seed 0
+		--shard-size 2000 --seed 0 --resume
 
 # Talks on stderr: stdout belongs to the results. The stamp is renewed when what is to be installed changes.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -40,7 +40,7 @@ def main() -> None:
         from ldm.pipeline import TextToImage
         from ldm.ui.page import page
     except ModuleNotFoundError as error:
-        raise MachineError(f"app: {error.name} is not installed; run: pip install 'ldm[ui]'") from None
+        raise MachineError(f"app: {error.name} is not installed; run: make install") from None
     blocks = page(TextToImage(bundle), args.outdir)
     try:
         blocks.queue(max_size=8).launch(server_name=args.host, server_port=args.port, footer_links=["api"])

@@ -17,7 +17,7 @@ from ldm import config as configuration
 from ldm.cli import nearest
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule
-from ldm.errors import ModelError, SettingError
+from ldm.errors import MachineError, ModelError, SettingError
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, KLAutoencoder, PixelAutoencoder
 from ldm.models.model_config import ModelConfig
 from ldm.models.text import ClipTextConfig, ClipTextEncoder, LabelEncoder, TextEncoder
@@ -130,7 +130,10 @@ class Bundle:
                 key: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
                 for key, value in getattr(self, part).state_dict().items()
             }
-            save_file(tensors, folder / f"{part}.safetensors")
+            try:
+                save_file(tensors, folder / f"{part}.safetensors")
+            except safetensors.SafetensorError as error:
+                raise MachineError(f"{folder}: cannot be written ({error}); free space on the disk") from None
         names = [CONFIG, *(f"{part}.safetensors" for part in PARTS)]
         manifest = {name: sha256(folder / name) for name in names}
         (folder / MANIFEST).write_text(json.dumps({"format": 1, "sha256": manifest}, indent=2) + "\n")

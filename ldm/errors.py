@@ -39,9 +39,3 @@ class NotFiniteError(LdmError):
     """Numbers became infinite or not a number."""
 
     exit_code = 6
-
-
-class Stopped(LdmError):
-    """Stopped by a signal with all state saved: the same command goes on."""
-
-    exit_code = 75

@@ -14,9 +14,10 @@ from ldm.errors import SettingError
 
 if TYPE_CHECKING:
     from ldm.bundle import Bundle
+    from ldm.request import GenerationRequest
     from ldm.training.latents import Samples
     from ldm.training.loop import Report
-    from ldm.training.recipe import DataConfig
+    from ldm.training.recipe import DataConfig, Recipe
     from ldm.training.run import Run
 
 EXAMPLES = """examples:
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
 A stage that is interrupted goes on from its last checkpoint when the same command is given again."""
 STAGES = ("all", "vae", "clip", "unet")
 LINE_EVERY_SECONDS = 30.0
+RECIPE = "recipe.yaml"
 
 
 def parser() -> ArgumentParser:
@@ -43,15 +45,18 @@ def main() -> None:
     """Check the recipe and the data, then run the stages that are not finished."""
     args = parser().parse_args()
     from ldm import config
-    from ldm.training.recipe import Recipe
+    from ldm.training.recipe import DataConfig, Recipe
 
-    overrides = [*args.overrides, *([f"data.shards={args.train_data}"] if args.train_data else [])]
-    recipe = config.load(args.config, Recipe, overrides)
-    open_samples(recipe.data, 0)  # wrong data is said before any network is built
+    recipe = config.load(args.config, Recipe, args.overrides)
+    if args.train_data:
+        data = DataConfig(shards=args.train_data)
+        recipe = recipe.model_copy(update={"data": data})
+    check(recipe, args.run_dir)
+    from ldm.training.checkpoint import save_text
     from ldm.training.run import Run
 
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    (args.run_dir / "recipe.yaml").write_text(config.dump(recipe), encoding="utf-8")
+    save_text(args.run_dir / RECIPE, config.dump(recipe))
     this = Run(recipe, args.run_dir, lambda seed: open_samples(recipe.data, seed))
     if args.stage in ("all", "vae"):
         autoencoder(this)
@@ -65,16 +70,46 @@ def main() -> None:
         print(finish(this))
 
 
+def check(recipe: "Recipe", folder: Path) -> None:
+    """Say now what would stop the run later: wrong data, samples that cannot be drawn, another run's folder."""
+    from ldm import config
+    from ldm.models.text import LabelConfig, LabelEncoder
+    from ldm.request import GenerationRequest, resolve
+    from ldm.training.recipe import Recipe
+
+    open_samples(recipe.data, 0)
+    resolve(GenerationRequest(prompt="any"), recipe.model)
+    for stage in recipe.unet_training:
+        for prompt in recipe.sample_prompts:
+            resolve(sample_request(prompt, stage.side), recipe.model)
+    if isinstance(recipe.model.text, LabelConfig):
+        LabelEncoder(recipe.model.text).encode(recipe.sample_prompts)
+    if (folder / RECIPE).is_file():
+        before, now = config.load(folder / RECIPE, Recipe).model_dump(), recipe.model_dump()
+        changed = [key for key in now if now[key] != before[key] and not key.startswith("sample_")]
+        if changed:
+            raise SettingError(
+                f"{folder}: this run began with another recipe, {', '.join(changed)} differ; "
+                "use another --run-dir, or give the first recipe again"
+            )
+
+
+def sample_request(prompt: str, side: int) -> "GenerationRequest":
+    """What samples on the way are drawn with."""
+    from ldm.request import GenerationRequest
+
+    return GenerationRequest(prompt=prompt, width=side, height=side, steps=20)
+
+
 def open_samples(data: "DataConfig", seed: int) -> "Samples":
     """Captioned pictures without end, in an order that is a function of the seed."""
     if data.digits is not None:
         from ldm.data.digits import endless
 
         return endless(data.digits, seed)
-    if data.shards is None:
-        raise SettingError("data: neither shards nor digits are given; name one of them in the recipe")
     from ldm.data.shards import find_shards, read_samples
 
+    assert data.shards is not None
     return read_samples(find_shards(data.shards), seed=seed, shuffle=True, epochs=None)
 
 
@@ -121,11 +156,10 @@ def sample_grid(this: "Run", bundle: "Bundle", report: "Report", name: str, side
     """Draw the recipe's prompts with the averaged weights of this moment."""
     from ldm.images import grid, save_png
     from ldm.pipeline import TextToImage
-    from ldm.request import GenerationRequest
     from ldm.training.run import averaged
 
     prompts = this.recipe.sample_prompts
-    request = GenerationRequest(prompt=prompts[0], width=side, height=side, steps=20)
+    request = sample_request(prompts[0], side)
     images = TextToImage(averaged(bundle, report)).draw(prompts, range(len(prompts)), request)
     folder = this.folder / "samples"
     folder.mkdir(exist_ok=True)
@@ -137,7 +171,7 @@ def shown(reports: "Iterator[Report]", this: "Run", stage: str) -> "Iterator[Rep
     from tqdm import tqdm
 
     bar, began, said, first = None, time.monotonic(), 0.0, None
-    with (this.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+    with (this.folder / "log.jsonl").open("a", encoding="utf-8", buffering=1) as log:
         for report in reports:
             first = first if first is not None else report.step
             losses = {key: round(value, 5) for key, value in report.losses.items()}

@@ -27,7 +27,7 @@ ALLOWED = {
     "data": LEAVES,
     "formats": LEAVES | {"models"},
     "request": LEAVES | {"models", "diffusion"},
-    "bundle": LEAVES | {"models", "diffusion", "formats"},
+    "bundle": LEAVES | {"nn", "models", "diffusion", "formats"},
     "pipeline": BELOW_PIPELINE,
     "training": BELOW_TRAINING,
     "evaluation": BELOW_TRAINING,

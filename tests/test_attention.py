@@ -28,6 +28,8 @@ def test_layer_attends_to_itself_without_a_context() -> None:
 
 def test_a_right_kernel_agrees() -> None:
     assert agrees(by_hand, CPU, torch.float32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert agrees(by_hand, CPU, torch.float32), "the test of a kernel does not depend on who asks"
 
 
 def test_kernels_with_a_wrong_result_a_wrong_gradient_or_an_error_do_not() -> None:

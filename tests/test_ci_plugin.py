@@ -19,7 +19,7 @@ def test_a_skipped_parity_test_fails_in_ci_and_only_there(tmp_path: Path, ci: st
     for name, source in SKIPS.items():
         (tmp_path / name).write_text(source)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  parity\n  browser\n")
-    environment = {**os.environ, "CI": ci, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "CI": ci, "PYTEST_ADDOPTS": "", "PYTHONPATH": str(Path(__file__).parent)}
     options = ["-p", "ci_plugin", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)

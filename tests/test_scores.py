@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from ldm.data.digits import BUNDLED, load
-from ldm.data.shapes import caption, held_out_prompts, render, sample_scene, twin
+from ldm.data.scenes import sample_scene, twin
+from ldm.data.shapes import caption, held_out_prompts, render
 from ldm.evaluation.scores import Share, score_digits, score_shapes
 
 

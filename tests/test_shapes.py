@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ldm.data import shapes
-from ldm.data.shapes import (
+from ldm.data.outlines import SQUARE_SIDE, silhouette
+from ldm.data.scenes import (
     ALONE,
     BACKGROUNDS,
     COLOURS,
@@ -16,20 +16,21 @@ from ldm.data.shapes import (
     INVERSE,
     RELATIONS,
     SHAPES,
-    Expectation,
     Scene,
     Thing,
+    sample_scene,
+    triples,
+    twin,
+)
+from ldm.data.shapes import (
+    Expectation,
     Wanted,
     caption,
     expectation,
     held_out_prompts,
     parse_caption,
     render,
-    sample_scene,
     shard_sample,
-    silhouette,
-    triples,
-    twin,
 )
 
 
@@ -176,7 +177,7 @@ def test_render_paints_what_the_scene_says() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_silhouette_fills_its_frame(shape: str) -> None:
     rows, columns = np.nonzero(np.asarray(silhouette(shape, 120, 120, 60, 60, 100)) > 127)
-    side = 100 * (shapes.SQUARE_SIDE if shape == "square" else 1)
+    side = 100 * (SQUARE_SIDE if shape == "square" else 1)
     assert np.ptp(columns) + 1 == pytest.approx(side, abs=2)
     assert np.ptp(rows) + 1 == pytest.approx(side, abs=4)
     assert (columns.min() + columns.max() + 1) / 2 == pytest.approx(60, abs=1)

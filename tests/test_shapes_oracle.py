@@ -8,18 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from ldm.data.shapes import (
-    COLOURS,
-    SHAPES,
-    Scene,
-    Thing,
-    caption,
-    expectation,
-    parse_caption,
-    render,
-    sample_scene,
-    twin,
-)
+from ldm.data.scenes import COLOURS, SHAPES, Scene, Thing, sample_scene, twin
+from ldm.data.shapes import caption, expectation, parse_caption, render
 from ldm.evaluation.shapes_oracle import UNKNOWN, Verdict, judge, read
 
 KINDS = [(kind, held_out) for kind in ("one", "two", "count") for held_out in (False, True)]

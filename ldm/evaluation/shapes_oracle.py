@@ -14,18 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from ldm.data.shapes import (
-    BACKGROUNDS,
-    COLOURS,
-    DEFAULT_BACKGROUND,
-    OUTLINES,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    Expectation,
-    Wanted,
-    silhouette,
-)
+from ldm.data.outlines import OUTLINES, silhouette
+from ldm.data.scenes import BACKGROUNDS, COLOURS, DEFAULT_BACKGROUND, POSITIONS, SHAPES, SIZES
+from ldm.data.shapes import Expectation, Wanted
 
 UNKNOWN = "unknown"
 

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
@@ -52,6 +52,21 @@ class AutoencoderConfig(Config):
     latent_std: tuple[float, ...] = (1 / 0.18215, 1 / 0.18215, 1 / 0.18215, 1 / 0.18215)
     # Least-squares map from a normalised latent to RGB in [−1, 1]: one row a latent channel, then the bias.
     preview: tuple[tuple[float, float, float], ...] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "AutoencoderConfig":
+        for multiplier in self.multipliers:
+            if self.channels * multiplier % self.groups:
+                raise ValueError(
+                    f"width {self.channels * multiplier} is not a multiple of the {self.groups} norm groups"
+                )
+        if not len(self.latent_mean) == len(self.latent_std) == self.latent_channels:
+            raise ValueError(f"latent_mean and latent_std need one number for each of {self.latent_channels} channels")
+        if min(self.latent_std) <= 0:
+            raise ValueError("latent_std must be positive")
+        if self.preview is not None and len(self.preview) != self.latent_channels + 1:
+            raise ValueError(f"preview needs {self.latent_channels + 1} rows, one a latent channel and the bias")
+        return self
 
     @property
     def factor(self) -> int:

@@ -15,7 +15,7 @@ class NoiseScheduleConfig(Config):
 
     kind: Literal["scaled_linear", "linear"] = "scaled_linear"
     beta_start: PositiveFloat = 0.00085
-    beta_end: PositiveFloat = 0.012
+    beta_end: float = Field(default=0.012, gt=0, lt=1)
     timesteps: PositiveInt = 1000
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ldm.cli import nearest
@@ -33,12 +33,18 @@ class ClipTextConfig(Config):
     heads: PositiveInt = 12
     context_length: PositiveInt = 77
     # 514 + the number of merges; fewer than 49,408 means the first merges of open_clip's own file.
-    vocabulary: PositiveInt = 49408
+    vocabulary: int = Field(49408, gt=BYTES_AND_SPECIALS, le=49408)
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     # Which states the UNet reads: after the last block or after the one before it; both through the final norm.
     hidden: Literal["last", "penultimate"] = "last"
     # What fills the row behind the prompt: the end token (SD 1.x) or id 0 (SD 2.x and our own).
     padding: Literal["end", "zero"] = "end"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ClipTextConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
+        return self
 
 
 class LabelConfig(Config):

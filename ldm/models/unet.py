@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
@@ -29,7 +29,7 @@ class UNetConfig(Config):
     context_width: PositiveInt = 768
     linear_projection: bool = False
     groups: PositiveInt = 32
-    dropout: NonNegativeFloat = 0.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "UNetConfig":

@@ -48,24 +48,25 @@ def xformers_kernel() -> Kernel | None:
 
 def agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a kernel gives PyTorch's result and gradients, on small inputs, to the precision of its dtype."""
-    generator = torch.Generator().manual_seed(0)
-    results = []
-    for compute in (F.scaled_dot_product_attention, kernel):
-        generator.manual_seed(0)
-        inputs = [
-            torch.randn(2, 4, n, 64, generator=generator).to(device, dtype).requires_grad_() for n in (64, 80, 80)
-        ]
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         try:
-            output = compute(*inputs)
-            output.square().sum().backward()
+            known, tried = (_trial(compute, device, dtype) for compute in (F.scaled_dot_product_attention, kernel))
         except (RuntimeError, NotImplementedError):
             return False
-        results.append([output, *(tensor.grad for tensor in inputs)])
     tolerance = 8 * torch.finfo(dtype).eps
     return all(
         a is not None and b is not None and bool(((a - b).abs().max() <= tolerance * a.abs().max()).item())
-        for a, b in zip(*results, strict=True)
+        for a, b in zip(known, tried, strict=True)
     )
+
+
+def _trial(compute: Kernel, device: torch.device, dtype: torch.dtype) -> list[Tensor | None]:
+    """Output and gradients of a kernel on fixed small inputs."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 4, n, 64, generator=generator).to(device, dtype).requires_grad_() for n in (64, 80, 80)]
+    output = compute(*inputs)
+    output.square().sum().backward()
+    return [output, *(tensor.grad for tensor in inputs)]
 
 
 class Attention(nn.Module):

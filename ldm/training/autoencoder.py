@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ldm.images import to_tensor
@@ -34,6 +34,12 @@ class AutoencoderTraining(OptimizationConfig):
     crop_candidates: PositiveInt = 1
     # Probability that a batch trains equivariance instead of plain reconstruction (EQ-VAE, 2502.09509).
     equivariance: float = Field(0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "AutoencoderTraining":
+        if self.crop > min(self.sides):
+            raise ValueError(f"crop {self.crop} is larger than the smallest side, {min(self.sides)}")
+        return self
 
 
 @torch.no_grad()
@@ -135,7 +141,7 @@ def crops(
         for _ in range(config.batch_size):
             image = next(images)
             side = int(rng.choice(config.sides))
-            if side != image.width:
+            if image.size != (side, side):
                 image = image.resize((side, side), Image.Resampling.BOX, reducing_gap=None)
             candidates = [random_crop(image, config.crop, rng) for _ in range(config.crop_candidates)]
             batch.append(max(candidates, key=lambda crop: float(crop.std())))

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.bundle import sha256
 from ldm.cli import warn
+from ldm.errors import MachineError, ModelError
 from ldm.training.ema import EMA
 
 MANIFEST = "MANIFEST.json"
@@ -70,8 +72,7 @@ def save(root: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     temporary = root / f".tmp-{final.name}"
     temporary.mkdir()
     for name, tensors in checkpoint.tensors.items():
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, temporary / f"{name}.safetensors")
+        write_tensors(temporary / f"{name}.safetensors", tensors)
     (temporary / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.numbers}, indent=2))
     write_manifest(temporary)
     for path in temporary.iterdir():
@@ -106,13 +107,33 @@ def _newest_first(root: Path) -> list[Path]:
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+    write_tensors(temporary, tensors)
+    flush(temporary)
     os.replace(temporary, path)
 
 
+def save_text(path: Path, text: str) -> None:
+    """Write one text file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of contiguous copies on the CPU. Raises MachineError where it cannot be written."""
+    try:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise MachineError(f"{path}: cannot be written ({error}); free space on the disk and run again") from None
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file."""
-    return load_file(path)
+    """The tensors of one safetensors file. Raises ModelError for one that is not whole."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: torn ({error}); delete it and run the same command again") from None
 
 
 def capture(step: int, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> Checkpoint:

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
@@ -51,31 +50,15 @@ def diffusion_losses(
 
     def losses(network: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
         mean, std, text, null = batch
-        device = next(network.parameters()).device
-        x0 = mean.float() + std.float() * torch.randn(mean.shape, generator=generator)
-        noise = torch.randn(mean.shape, generator=generator)
-        t = torch.randint(0, len(schedule), (len(mean),), generator=generator)
-        dropped = torch.rand(len(mean), generator=generator) < config.caption_dropout
+        device = mean.device
+        x0 = mean.float() + std.float() * torch.randn(mean.shape, generator=generator).to(device)
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        t = torch.randint(0, len(schedule), (len(mean),), generator=generator).to(device)
+        dropped = (torch.rand(len(mean), generator=generator) < config.caption_dropout).to(device)
         text = torch.where(dropped[:, None, None], null, text).float()
-        x0, noise, t, text = (tensor.to(device) for tensor in (x0, noise, t, text))
         x0 = x0.contiguous(memory_format=torch.channels_last)
         denoiser = Denoiser(network, schedule, model.prediction)
         error = denoiser.loss(x0, noise, t, text, config.min_snr_gamma)
         return {"loss": error.mean()}
 
     return losses
-
-
-@torch.inference_mode()
-def held_out_loss(
-    denoiser: Denoiser, x0: Float[Tensor, "n c h w"], text: Float[Tensor, "n l d"], bins: int = 4
-) -> list[float]:
-    """Mean squared error on a fixed grid of timesteps, per bin from little to much noise: figures that compare."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(x0.shape, generator=generator)
-    edges = len(denoiser.schedule) // bins
-    result = []
-    for index in range(bins):
-        t = torch.randint(index * edges, (index + 1) * edges, (len(x0),), generator=generator)
-        result.append(float(denoiser.loss(x0, noise, t, text).mean()))
-    return result

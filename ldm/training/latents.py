@@ -1,7 +1,6 @@
 """Latents and text states are computed once, kept on disk, and read by position."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +14,7 @@ from torch import Tensor
 from ldm.images import to_tensor
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text import TextEncoder
-from ldm.training.checkpoint import load_tensors, save_tensors
+from ldm.training.checkpoint import load_tensors, save_tensors, save_text
 
 Samples = Iterator[tuple[Image.Image, str, dict[str, object]]]
 
@@ -60,21 +59,24 @@ def encode(
 
 def resized(image: Image.Image, side: int) -> Image.Image:
     """A square picture at another side, by area averaging."""
-    return image if image.width == side else image.resize((side, side), Image.Resampling.BOX)
+    return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BOX)
 
 
 def save(path: Path, cache: LatentCache, about: dict[str, object]) -> None:
     """Write a cache, whole or not at all, with what it was made from beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, {name: getattr(cache, name) for name in ("mean", "std", "states", "caption")})
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(about, indent=2) + "\n")
-    os.replace(temporary, path.with_suffix(".json"))
+    save_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
 
 def load(path: Path, about: dict[str, object]) -> LatentCache | None:
     """The cache at `path`, if it is there and was made from just this."""
     described = path.with_suffix(".json")
-    if not path.is_file() or not described.is_file() or json.loads(described.read_text()) != about:
+    if not path.is_file() or not described.is_file():
+        return None
+    try:
+        if json.loads(described.read_text(encoding="utf-8")) != about:
+            return None
+    except ValueError:
         return None
     return LatentCache(**load_tensors(path))

@@ -1,6 +1,6 @@
 """A recipe is one YAML file: the model, the data, and every stage from nothing to a bundle."""
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from ldm.config import Config
 from ldm.models.clip import ClipConfig
@@ -17,6 +17,12 @@ class DataConfig(Config):
     # A folder with MNIST's IDX files; without them, scikit-learn's own small digits.
     digits: str | None = None
 
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataConfig":
+        if (self.shards is None) == (self.digits is None):
+            raise ValueError("give either shards or digits")
+        return self
+
 
 class Recipe(Config):
     """Everything `scripts/train.py` needs. A stage that a model does not have is left out."""
@@ -28,6 +34,6 @@ class Recipe(Config):
     clip: ClipConfig | None = None
     autoencoder_training: AutoencoderTraining | None = None
     clip_training: ClipTraining | None = None
-    unet_training: tuple[DiffusionTraining, ...]
-    sample_prompts: tuple[str, ...]
+    unet_training: tuple[DiffusionTraining, ...] = Field(min_length=1)
+    sample_prompts: tuple[str, ...] = Field(min_length=1)
     sample_every: PositiveInt = 1000

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ldm.bundle import Bundle, build
+from ldm.config import parse_yaml, validate
 from ldm.images import to_tensor
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.models.clip import Clip
@@ -23,7 +24,7 @@ from ldm.models.unet import UNet
 from ldm.nn.layers import channels_last
 from ldm.training import latents
 from ldm.training.autoencoder import Reconstruction, autoencoder_losses, crops, fit_statistics, initialise, psnr
-from ldm.training.checkpoint import load_tensors, save_tensors
+from ldm.training.checkpoint import load_tensors, save_tensors, save_text
 from ldm.training.clip import clip_losses, pairs
 from ldm.training.diffusion import diffusion_losses, latent_batches
 from ldm.training.latents import LatentCache, Samples
@@ -52,7 +53,7 @@ def digest(value: object) -> str:
 
 
 def autoencoder_stage(run: Run) -> Iterator[Report]:
-    """Train the KL autoencoder; leaves its weights, and its statistics and preview map in autoencoder.json."""
+    """Train the KL autoencoder; leaves its weights, and its statistics, preview map and PSNR in autoencoder.json."""
     config, shape = run.recipe.autoencoder_training, run.recipe.model.autoencoder
     path = run.product("autoencoder")
     if config is None or not isinstance(shape, AutoencoderConfig) or path.is_file():
@@ -68,15 +69,15 @@ def autoencoder_stage(run: Run) -> Iterator[Report]:
         run.folder / "checkpoints" / "autoencoder",
         run.recipe.seed,
     )
-    held_back = run.samples(-1)
-    images = torch.stack([to_tensor(next(held_back)[0]) for _ in range(STATISTICS_PICTURES)])
+    pictures = run.samples(-1)
+    images = torch.stack([to_tensor(next(pictures)[0]) for _ in range(STATISTICS_PICTURES)])
     fitted, r_squared = fit_statistics(autoencoder, images)
     about = {
         "psnr_db": round(psnr(autoencoder, images[:64]), 2),
         "preview_r_squared": round(r_squared, 4),
         "config": fitted.model_dump(mode="json"),
     }
-    path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+    save_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
     save_tensors(path, dict(autoencoder.state_dict()))
 
 
@@ -105,7 +106,7 @@ def model_so_far(run: Run) -> Bundle:
     model = run.recipe.model
     about = run.product("autoencoder").with_suffix(".json")
     if about.is_file():
-        fitted = AutoencoderConfig.model_validate(json.loads(about.read_text())["config"])
+        fitted = validate(parse_yaml(about.read_text(), str(about))["config"], AutoencoderConfig, str(about))
         model = model.model_copy(update={"autoencoder": fitted})
     torch.manual_seed(run.recipe.seed)
     autoencoder, text, unet = build(model)
@@ -168,7 +169,7 @@ def averaged(bundle: Bundle, report: Report) -> Bundle:
     """A copy of the bundle that draws with the averaged weights of this moment."""
     unet: UNet = copy.deepcopy(bundle.unet)
     report.ema.copy_to(unet)
-    unet.eval().requires_grad_(False)
+    unet.to("cpu").eval().requires_grad_(False)
     return Bundle(bundle.name, bundle.config, bundle.autoencoder, bundle.text, unet)
 
 

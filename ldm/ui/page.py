@@ -1,6 +1,8 @@
 """One screen: type a prompt, watch the picture come out of the noise, keep it."""
 
 import html
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -62,7 +64,14 @@ def _draw(engine: TextToImage, outdir: Path, request: GenerationRequest) -> Iter
     (picture,) = engine.images(request, step.x)
     with reserved(outdir, slug(request.prompt)) as path:
         save_png(picture.image, path, picture.settings)
-    yield str(path), f"Done in {time.monotonic() - began:.1f} s · seed {request.seed} · saved {path}", request.seed
+    # Gradio shows files of its temporary folder only; the copy is the same file, with its settings inside.
+    shown_path = Path(tempfile.mkdtemp(prefix="ldm-")) / path.name
+    shutil.copyfile(path, shown_path)
+    yield (
+        str(shown_path),
+        f"Done in {time.monotonic() - began:.1f} s · seed {request.seed} · saved {path}",
+        request.seed,
+    )
 
 
 def page(engine: TextToImage, outdir: Path) -> gr.Blocks:
