@@ -1,0 +1,45 @@
+"""The weights that ship are whole, small enough, and draw what they are asked for."""
+
+import numpy as np
+import pytest
+
+from ldm.bundle import DEFAULT, FOLDER, Bundle, bundled_names, find, read_config, verify
+from ldm.evaluation.scores import score_shapes
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.pipeline import TextToImage
+from ldm.request import GenerationRequest
+
+PROMPTS = ("a red circle", "a blue square", "a green triangle above a yellow circle", "a large purple circle")
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Bundle:
+    return Bundle.load(DEFAULT)
+
+
+@pytest.mark.parametrize("name", bundled_names())
+def test_bundle_is_whole_and_at_most_45_megabytes(name: str) -> None:
+    assert len(verify(find(name))) == 64
+    assert sum(path.stat().st_size for path in (FOLDER / name).iterdir()) <= 45e6
+
+
+def test_default_bundle_is_256_pixels_at_factor_8_with_a_preview() -> None:
+    config = read_config(find(DEFAULT))
+    assert (config.sampling.width, config.sampling.height, config.autoencoder.factor) == (256, 256, 8)
+    assert isinstance(config.autoencoder, AutoencoderConfig) and config.autoencoder.preview is not None
+
+
+def test_most_of_a_few_prompts_are_drawn_right(shipped: Bundle) -> None:
+    engine = TextToImage(shipped)
+    request = GenerationRequest(prompt="any", steps=20, batch_size=4)
+    images = engine.draw(PROMPTS, [11, 12, 13, 14], request)
+    assert score_shapes(PROMPTS, images).colour_and_shape.right >= 2
+
+
+def test_preview_has_the_colours_of_the_picture(shipped: Bundle) -> None:
+    engine = TextToImage(shipped)
+    request = engine.ready(GenerationRequest(prompt="a red circle", steps=6, seed=3))
+    *_, last = engine.stream(request)
+    (picture,) = engine.images(request, last.x)
+    small = np.asarray(picture.image.resize((32, 32)), dtype=float)
+    assert np.abs(small - np.asarray(engine.preview(last), dtype=float)).mean() < 30
