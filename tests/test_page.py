@@ -18,16 +18,18 @@ from ldm.ui.page import draw, page  # noqa: E402
 
 def test_a_picture_appears_by_previews_and_is_saved_with_its_settings(tiny_bundle: Bundle, tmp_path: Path) -> None:
     engine = TextToImage(tiny_bundle)
-    shown = list(draw(engine, tmp_path, threading.Lock(), "a red circle", "", 4, 3.0, 5))
+    shown = []
+    for image, words, seed in draw(engine, tmp_path, threading.Lock(), "a red circle", "", 4, 3.0, 5):
+        # A path is good until the next step of the generator: the page has copied it by then.
+        shown.append((Image.open(image).copy() if isinstance(image, str) else image, words, seed))
     preview, words, _ = shown[1]
-    assert isinstance(preview, Image.Image) and preview.size == (64, 64) and words.startswith("Step 1 of 4")
-    path, words, seed = shown[-1]
+    assert preview is not None and preview.size == (64, 64) and words.startswith("Step 1 of 4")
+    picture, words, seed = shown[-1]
     assert "seed 5" in words and seed == 5
-    request = GenerationRequest(prompt="a red circle", steps=4, guidance_scale=3.0, seed=5)
-    (known,) = engine(request)
-    with Image.open(str(path)) as saved:
-        assert saved.tobytes() == known.image.tobytes()
-    settings = read_settings(Path(str(path)))
+    (known,) = engine(GenerationRequest(prompt="a red circle", steps=4, guidance_scale=3.0, seed=5))
+    assert picture is not None and picture.tobytes() == known.image.tobytes()
+    (path,) = tmp_path.iterdir()
+    settings = read_settings(path)
     assert settings is not None and settings["prompt"] == "a red circle"
 
 

@@ -48,7 +48,7 @@ def draw(
         with turn:
             yield from _draw(engine, outdir, request)
     except LdmError as error:
-        raise gr.Error(html.escape(str(error)), duration=10) from None
+        raise gr.Error(html.escape(str(error)), duration=10, print_exception=False) from None
 
 
 def _draw(engine: TextToImage, outdir: Path, request: GenerationRequest) -> Iterator[Shown]:
@@ -64,14 +64,12 @@ def _draw(engine: TextToImage, outdir: Path, request: GenerationRequest) -> Iter
     (picture,) = engine.images(request, step.x)
     with reserved(outdir, slug(request.prompt)) as path:
         save_png(picture.image, path, picture.settings)
-    # Gradio shows files of its temporary folder only; the copy is the same file, with its settings inside.
-    shown_path = Path(tempfile.mkdtemp(prefix="ldm-")) / path.name
-    shutil.copyfile(path, shown_path)
-    yield (
-        str(shown_path),
-        f"Done in {time.monotonic() - began:.1f} s · seed {request.seed} · saved {path}",
-        request.seed,
-    )
+    words = f"Done in {time.monotonic() - began:.1f} s · seed {request.seed} · saved {path}"
+    # Gradio takes files from the temporary folder only; the copy is the same file, with its settings inside.
+    with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
+        copy = Path(folder) / path.name
+        shutil.copyfile(path, copy)
+        yield str(copy), words, request.seed
 
 
 def page(engine: TextToImage, outdir: Path) -> gr.Blocks:
