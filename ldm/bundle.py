@@ -134,6 +134,7 @@ class Bundle:
                 save_file(tensors, folder / f"{part}.safetensors")
             except safetensors.SafetensorError as error:
                 raise MachineError(f"{folder}: cannot be written ({error}); free space on the disk") from None
+            (folder / f"{part}.safetensors").chmod(0o644)  # safetensors makes files that only their owner may read
         names = [CONFIG, *(f"{part}.safetensors" for part in PARTS)]
         manifest = {name: sha256(folder / name) for name in names}
         (folder / MANIFEST).write_text(json.dumps({"format": 1, "sha256": manifest}, indent=2) + "\n")
