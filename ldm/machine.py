@@ -42,8 +42,8 @@ def find_device(name: str = "auto") -> "torch.device":
 def find_dtype(name: str, device: "torch.device") -> "tuple[torch.dtype, str]":
     """The number format of that name, and a note where it is not the one asked for.
 
-    `auto` is float16 on CUDA, bfloat16 on a CPU with instructions for it (twice as fast there), else float32.
-    A CPU computes float16 a hundred times slower: float32 instead.
+    `auto` is float16 on CUDA, bfloat16 on a CPU with instructions for it, else float32.
+    float16 is very slow on CPUs: float32 instead.
     """
     import torch
 

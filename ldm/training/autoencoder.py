@@ -44,7 +44,7 @@ class AutoencoderTraining(OptimizationConfig):
 
 @torch.no_grad()
 def initialise(autoencoder: KLAutoencoder, log_variance: float = -8.0) -> None:
-    """Start as a nearly linear map that lets everything through; without it colours are learned ten times later.
+    """Start as a nearly linear map that lets everything through; else colours come hundreds of steps later.
 
     Convolutions keep the variance of what they read (PyTorch's default shrinks it to a third), residual branches
     start at zero, the 1×1 convolutions around the latent as the identity, and the posterior almost without noise.

@@ -136,6 +136,6 @@ def train(
 def compiled(module: nn.Module) -> nn.Module:
     """`module` behind torch.compile, or itself, with a warning, on a machine without a compiler."""
     if not torch.cuda.is_available() and shutil.which("g++") is None:
-        warn("compile: no C++ compiler (g++) found; training runs uncompiled, about 1.3 times as long")
+        warn("compile: no C++ compiler (g++) found; training runs uncompiled, which takes longer")
         return module
     return torch.compile(module, dynamic=False)  # type: ignore[return-value]
