@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ldm.bundle import Bundle
     from ldm.diffusion.denoiser import Denoise, Denoiser
+    from ldm.diffusion.grids import GRIDS
     from ldm.diffusion.guidance import guided
     from ldm.diffusion.samplers import SAMPLERS, Step
-    from ldm.diffusion.schedule import GRIDS, NoiseSchedule
+    from ldm.diffusion.schedule import NoiseSchedule
     from ldm.errors import LdmError
     from ldm.models.model_config import ModelConfig
     from ldm.pipeline import TextToImage
@@ -28,7 +29,7 @@ _PUBLIC = {
     "Bundle": "ldm.bundle",
     "Denoise": "ldm.diffusion.denoiser",
     "Denoiser": "ldm.diffusion.denoiser",
-    "GRIDS": "ldm.diffusion.schedule",
+    "GRIDS": "ldm.diffusion.grids",
     "GenerationRequest": "ldm.request",
     "LdmError": "ldm.errors",
     "ModelConfig": "ldm.models.model_config",

@@ -9,7 +9,7 @@ Every caller is a loop of this shape:
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import repeat
@@ -18,10 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.bundle import Bundle
+from ldm.diffusion.conventions import route, sampler_of
+from ldm.diffusion.denoiser import Denoise, Denoiser, one_by_one
 from ldm.diffusion.guidance import guided
-from ldm.diffusion.noise import KeyedNoise, initial_noise
+from ldm.diffusion.noise import NOISE_SOURCES
+from ldm.diffusion.route import Route, listed, walk
 from ldm.diffusion.samplers import SAMPLERS, Step
-from ldm.diffusion.schedule import GRIDS, NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import MachineError, NotFiniteError
 from ldm.images import to_image
 from ldm.request import GenerationRequest, resolve, resolve_seed
@@ -59,14 +62,19 @@ class TextToImage:
     def stream(self, request: GenerationRequest) -> Iterator[Step]:
         """The steps of all images of `request` at once; give it one of `request.batches()` to limit the memory."""
         request = self.ready(request)
+        self.route(request)
         return self._walk([request.prompt] * request.num_images, request.seeds, request)
+
+    def route(self, request: GenerationRequest) -> Route:
+        """Where a resolved request goes. Raises SettingError where its convention cannot."""
+        return route_of(request, self.bundle.schedule)
 
     def images(
         self, request: GenerationRequest, latent: Float[Tensor, "b c h w"], first: int = 0
     ) -> list[GeneratedImage]:
         """The pictures of the last step of `stream(request)`; they are numbered from `first`."""
         made = []
-        for offset, (seed, image) in enumerate(zip(request.seeds, self.decode(latent), strict=True)):
+        for offset, (seed, image) in enumerate(zip(request.seeds, self._decode(latent, request), strict=True)):
             alone = request.model_copy(update={"seed": seed, "num_images": 1, "batch_size": 1})
             settings = {**alone.settings(), "model": self.bundle.name, "model_sha256": self.bundle.sha256}
             made.append(GeneratedImage(first + offset, seed, image, settings))
@@ -79,7 +87,7 @@ class TextToImage:
         drawn: list[Image.Image] = []
         for first in range(0, len(prompts), request.batch_size):
             part = slice(first, first + request.batch_size)
-            drawn += self.decode(_last(self._walk(prompts[part], seeds[part], request)).x)
+            drawn += self._decode(_last(self._walk(prompts[part], seeds[part], request)).x, request)
         return drawn
 
     @torch.inference_mode()
@@ -102,41 +110,91 @@ class TextToImage:
             )
         return [to_image(one) for one in image]
 
+    def _decode(self, latent: Float[Tensor, "b c h w"], request: GenerationRequest) -> list[Image.Image]:
+        """Pictures of clean latents, with `batch_exact` each in a call of its own."""
+        return [self.decode(one)[0] for one in latent.split(1)] if request.batch_exact else self.decode(latent)
+
     @torch.inference_mode()
     def _walk(self, prompts: Sequence[str], seeds: Sequence[int], request: GenerationRequest) -> Iterator[Step]:
         """From noise to clean latents, one image for each prompt and seed. `request` is resolved."""
-        assert request.width and request.height and request.steps and request.guidance_scale is not None
-        assert request.sampler and request.schedule
+        assert request.width and request.height and request.sampler and request.convention
         factor = self.bundle.autoencoder.factor
         shape = (self.bundle.autoencoder.latent_channels, request.height // factor, request.width // factor)
-        sigmas = GRIDS[request.schedule](self.bundle.schedule, request.steps)
-        positive = self._encode(prompts)
-        negative = repeat(self._null(request.negative_prompt), "1 l d -> b l d", b=len(prompts))
-        denoise = guided(self.bundle.denoiser, positive, negative, request.guidance_scale)
-        x = initial_noise(seeds, shape).to(self.bundle.device) * sigmas[0]
+        there = self.route(request)
+        denoise = self._denoise(prompts, request, there)
+        noise = NOISE_SOURCES[request.rng](seeds, shape)
+        sampler = sampler_of(request.convention, request.sampler, request.schedule, self.bundle.schedule)
         try:
-            yield from SAMPLERS[request.sampler](denoise, x, sigmas, noise=KeyedNoise(seeds, shape))
+            yield from walk(sampler, denoise, noise.initial().to(self.bundle.device), there, noise)
         except torch.OutOfMemoryError:
             raise MachineError(
                 f"memory: not enough for {len(prompts)} images of {request.width}x{request.height}; "
                 "use a smaller size, then a smaller batch_size"
             ) from None
 
+    def _denoise(self, prompts: Sequence[str], request: GenerationRequest, there: Route) -> Denoise:
+        """The clean estimate of a batch, guided; with `batch_exact` of each image in a call of its own."""
+        told = dict(zip(there.sigmas, there.timesteps, strict=False))
+        denoiser = replace(self.bundle.denoiser, told=told)
+        if not request.batch_exact:
+            return self._guided(denoiser, self._encode(prompts), request)
+        return one_by_one([self._guided(denoiser, self._encode([prompt]), request) for prompt in prompts])
+
+    def _guided(self, denoiser: Denoiser, positive: Float[Tensor, "b l d"], request: GenerationRequest) -> Denoise:
+        """The clean estimate of images with these prompts, and the guidance that is asked for."""
+        assert request.guidance_scale is not None
+        return guided(
+            denoiser,
+            positive,
+            self._states_of(request.negative_prompt, len(positive)),
+            request.guidance_scale,
+            rescale=request.guidance_rescale,
+            interval=request.guidance_interval,
+            perp_neg=request.perp_neg,
+            empty=self._states_of("", len(positive)) if request.perp_neg > 0.0 else None,
+        )
+
     def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "b l d"]:
         """The states of every prompt; a prompt that comes again is encoded once."""
         different = list(dict.fromkeys(prompts))
         return self.bundle.text.encode(different).tokens[[different.index(prompt) for prompt in prompts]]
 
-    def _null(self, negative_prompt: str) -> Float[Tensor, "1 l d"]:
-        """The states of the negative prompt, kept for the next batch: it seldom changes."""
-        if negative_prompt not in self._states:
-            self._states = {negative_prompt: self._encode([negative_prompt])}
-        return self._states[negative_prompt]
+    def _states_of(self, text: str, count: int) -> Float[Tensor, "b l d"]:
+        """The states of the negative or the empty prompt, kept for the next batch: they seldom change."""
+        if text not in self._states:
+            self._states = {known: self._states[known] for known in self._states if known == ""}
+            self._states[text] = self._encode([text])
+        return repeat(self._states[text], "1 l d -> b l d", b=count)
 
 
-def network_calls(request: GenerationRequest, schedule: NoiseSchedule) -> int:
-    """How often the network is asked for all images of a resolved request, counted by a walk that costs nothing."""
-    assert request.sampler and request.schedule and request.steps
+def route_of(request: GenerationRequest, schedule: NoiseSchedule) -> Route:
+    """Where a resolved request goes. Raises SettingError for steps that its convention cannot run."""
+    assert request.convention and request.sampler and request.steps
+    if request.schedule is None:
+        return listed(schedule, request.sigmas, request.timesteps)
+    return route(request.convention, request.sampler, request.schedule, schedule, request.steps)
+
+
+class Silence:
+    """No noise at all, for a walk that only counts."""
+
+    def __call__(self, step: int, purpose: str) -> Tensor:
+        """A zero."""
+        return torch.zeros(1)
+
+    def between(self, sigma: float, sigma_next: float) -> Tensor:
+        """A zero."""
+        return torch.zeros(1)
+
+
+def network_calls(request: GenerationRequest, schedule: NoiseSchedule) -> int | None:
+    """How often the network is asked for all images of a resolved request, counted by a walk that costs nothing.
+
+    None where it depends on the picture.
+    """
+    assert request.sampler and request.convention
+    if SAMPLERS[request.sampler].calls is None:
+        return None
     calls = 0
 
     def count(x: Tensor, sigma: float) -> Tensor:
@@ -144,9 +202,9 @@ def network_calls(request: GenerationRequest, schedule: NoiseSchedule) -> int:
         calls += 1
         return x
 
-    sigmas = GRIDS[request.schedule](schedule, request.steps)
-    _last(SAMPLERS[request.sampler](count, torch.zeros(1), sigmas, noise=lambda step, purpose: torch.zeros(1)))
-    return calls * len(list(request.batches()))
+    sampler = sampler_of(request.convention, request.sampler, request.schedule, schedule)
+    _last(walk(sampler, count, torch.zeros(1), route_of(request, schedule), Silence()))
+    return calls * (request.num_images if request.batch_exact else len(list(request.batches())))
 
 
 def _last(steps: Iterator[Step]) -> Step:

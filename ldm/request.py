@@ -7,6 +7,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import pydantic
@@ -15,8 +16,9 @@ from pydantic import BeforeValidator
 from ldm import prompts
 from ldm.cli import nearest
 from ldm.config import Config
-from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.schedule import GRIDS
+from ldm.diffusion.conventions import CONVENTIONS
+from ldm.diffusion.grids import GRIDS
+from ldm.diffusion.samplers import SAMPLERS, resolve_name
 from ldm.errors import SettingError
 
 if TYPE_CHECKING:
@@ -26,6 +28,11 @@ SEEDS = 2**32
 RANDOM_SEED = -1
 MAX_PROMPT = 10_000
 MIN_SIDE, MAX_SIDE = 64, 2048
+MAX_STEPS = 1000
+# So many names are listed in an error message.
+MANY = 13
+PROMPT_SYNTAXES = ("plain",)
+RNGS = ("keyed", "stream", "philox")
 # Without a batch size, as many pictures are drawn at once as have this many pixels together.
 BATCH_PIXELS = 512 * 512
 
@@ -76,14 +83,50 @@ def decimal(low: float, high: float, example: float) -> Callable[[object], float
 
 def one_of(what: str, known: Sequence[str]) -> Callable[[object], str]:
     """A check that accepts one of the `known` names."""
+    names = ", ".join(known) if len(known) <= MANY else f"{', '.join(known[:MANY])}, … (--help has them all)"
 
     def check(value: object) -> str:
         if not isinstance(value, str) or value not in known:
             hint = nearest(value[:100], known) if isinstance(value, str) else ""
-            raise ValueError(f"no {what} {shown(value)!r}{hint}; use one of {', '.join(known)}")
+            raise ValueError(f"no {what} {shown(value)!r}{hint}; use one of {names}")
         return value
 
     return check
+
+
+def numbers(value: object, example: str) -> tuple[float, ...]:
+    """Finite numbers of a list, or of text with commas between them."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, Sequence):
+        raise ValueError(f"{shown(value)} is not a list of numbers; use for example {example}")
+    if len(parts) > MAX_STEPS + 1:
+        raise ValueError(f"{len(parts)} numbers are too many; use at most {MAX_STEPS} steps")
+    check = decimal(0.0, 1e6, 1.0)
+    return tuple(check(part.strip() if isinstance(part, str) else part) for part in parts)
+
+
+def falling(example: str, ends_in_zero: bool) -> Callable[[object], tuple[float, ...]]:
+    """A check that accepts numbers from high to low, with 0 as the end of the last step or without it."""
+
+    def check(value: object) -> tuple[float, ...]:
+        found = numbers(value, example)
+        if any(low >= high for high, low in pairwise(found)):
+            raise ValueError(f"the numbers do not fall; use for example {example}")
+        if not found:
+            raise ValueError(f"no number is in it; use for example {example}")
+        if ends_in_zero and (len(found) == 1 or found[-1] != 0.0):
+            raise ValueError(f"the last number must be 0, behind at least one more; use for example {example}")
+        return found
+
+    return check
+
+
+def interval(value: object) -> tuple[float, ...]:
+    """A check that accepts two noise levels LOW,HIGH."""
+    found = numbers(value, "0.2,3")
+    if len(found) != 2 or found[0] >= found[1]:
+        raise ValueError(f"{shown(value)} is not LOW,HIGH; use for example 0.2,3")
+    return found
 
 
 def prompt_text(value: object) -> str:
@@ -121,17 +164,28 @@ class GenerationRequest(Config):
     steps: Annotated[int | None, BeforeValidator(optional(whole(1, 1000, 30)))] = None
     sampler: Annotated[str | None, BeforeValidator(optional(one_of("sampler", list(SAMPLERS))))] = None
     schedule: Annotated[str | None, BeforeValidator(optional(one_of("schedule", list(GRIDS))))] = None
+    convention: Annotated[str | None, BeforeValidator(optional(one_of("convention", list(CONVENTIONS))))] = None
+    sigmas: Annotated[tuple[float, ...] | None, BeforeValidator(optional(falling("14.6,3,0.5,0", True)))] = None
+    timesteps: Annotated[tuple[float, ...] | None, BeforeValidator(optional(falling("999,666,333", False)))] = None
     guidance_scale: Annotated[float | None, BeforeValidator(optional(decimal(0.0, 30.0, 7.5)))] = None
+    guidance_rescale: Annotated[float, BeforeValidator(decimal(0.0, 1.0, 0.7))] = 0.0
+    guidance_interval: Annotated[tuple[float, float] | None, BeforeValidator(optional(interval))] = None
+    perp_neg: Annotated[float, BeforeValidator(decimal(0.0, 30.0, 1.0))] = 0.0
+    prompt_syntax: Annotated[str, BeforeValidator(one_of("prompt syntax", PROMPT_SYNTAXES))] = "plain"
+    rng: Annotated[str, BeforeValidator(one_of("rng", RNGS))] = "keyed"
     seed: Annotated[int, BeforeValidator(whole(RANDOM_SEED, SEEDS - 1, "-1 for a random one"))] = RANDOM_SEED
     num_images: Annotated[int, BeforeValidator(whole(1, 10_000, 1))] = 1
     batch_size: Annotated[int | None, BeforeValidator(optional(whole(1, 1000, 1)))] = None
+    batch_exact: bool = False
     allow_empty_prompt: bool = False
 
     def __init__(self, **settings: object) -> None:
         try:
-            super().__init__(**settings)
+            super().__init__(**_ours(settings))
         except pydantic.ValidationError as error:
             raise SettingError(_first_violation(error, list(type(self).model_fields))) from None
+        if self.sigmas is not None and self.timesteps is not None:
+            raise SettingError("sigmas: given together with timesteps; use one of the two")
         if not self.prompt.strip() and not self.allow_empty_prompt:
             only = " and only a negative prompt, what to avoid, is given" if self.negative_prompt.strip() else ""
             raise SettingError(
@@ -143,6 +197,13 @@ class GenerationRequest(Config):
     def seeds(self) -> list[int]:
         """The seed of every image."""
         return [(self.seed + index) % SEEDS for index in range(self.num_images)]
+
+    @property
+    def listed_steps(self) -> int | None:
+        """The number of steps of an explicit list of noise levels or timesteps."""
+        if self.sigmas is not None:
+            return len(self.sigmas) - 1
+        return None if self.timesteps is None else len(self.timesteps)
 
     def batches(self) -> Iterator["GenerationRequest"]:
         """Requests of at most `batch_size` images each that together draw this one. Needs a resolved request."""
@@ -161,6 +222,16 @@ class GenerationRequest(Config):
         """The request of stored settings, through the same checks, and the entries that are no setting."""
         known = {key: value for key, value in settings.items() if key in cls.model_fields}
         return cls(**known), {key: value for key, value in settings.items() if key not in known}
+
+
+def _ours(settings: dict[str, object]) -> dict[str, object]:
+    """`settings` with our name for a sampler that another program names otherwise, and the grid that its name says."""
+    name = settings.get("sampler")
+    if not isinstance(name, str) or name in SAMPLERS:
+        return settings
+    sampler, grid = resolve_name(name)
+    says = {} if grid is None or settings.get("schedule") is not None else {"schedule": grid}
+    return {**settings, "sampler": sampler, **says}
 
 
 def _first_violation(error: pydantic.ValidationError, fields: Sequence[str]) -> str:
@@ -184,15 +255,38 @@ def resolve(request: GenerationRequest, model_config: "ModelConfig") -> Generati
     Raises SettingError for a size or a number of steps that this model cannot draw.
     """
     given = {**model_config.sampling.model_dump(), **request.model_dump(exclude_none=True)}
+    if request.listed_steps is not None:
+        given = {**given, "steps": _listed(request, model_config), "schedule": None}
     resolved = GenerationRequest(**given)
     assert resolved.width is not None and resolved.height is not None and resolved.steps is not None
+    if model_config.unet.in_channels != model_config.autoencoder.latent_channels:
+        raise SettingError(
+            f"model: its UNet reads {model_config.unet.in_channels} channels, the noise with a picture and a mask, for "
+            "inpainting; text alone cannot draw with it, use a model that is not for inpainting"
+        )
     _check_sides(resolved.width, resolved.height, model_config)
     timesteps = model_config.noise_schedule.timesteps
     if resolved.steps > timesteps:
         raise SettingError(f"steps: {resolved.steps} is more than the model's {timesteps} timesteps; use {timesteps}")
+    if resolved.sampler is not None and SAMPLERS[resolved.sampler].calls is None:
+        # Images drawn at once would share the length of their steps.
+        return resolved.model_copy(update={"batch_size": 1})
     if resolved.batch_size is not None:
         return resolved
     return resolved.model_copy(update={"batch_size": max(1, BATCH_PIXELS // (resolved.width * resolved.height))})
+
+
+def _listed(request: GenerationRequest, model_config: "ModelConfig") -> int:
+    """The number of steps of an explicit list that nothing else contradicts."""
+    field, last = "timesteps" if request.sigmas is None else "sigmas", model_config.noise_schedule.timesteps - 1
+    if request.schedule is not None:
+        raise SettingError(f"{field}: given together with schedule {request.schedule}; use one of the two")
+    if request.steps not in (None, request.listed_steps):
+        raise SettingError(f"{field}: {request.listed_steps} steps, but steps is {request.steps}; leave steps out")
+    if request.timesteps is not None and request.timesteps[0] > last:
+        raise SettingError(f"timesteps: {request.timesteps[0]:g} is above the model's last, {last}; start there")
+    assert request.listed_steps is not None
+    return request.listed_steps
 
 
 def _check_sides(width: int, height: int, model_config: "ModelConfig") -> None:

@@ -48,10 +48,19 @@ SETTINGS = (
     "steps",
     "sampler",
     "schedule",
+    "sigmas",
+    "timesteps",
+    "convention",
     "guidance_scale",
+    "guidance_rescale",
+    "guidance_interval",
+    "perp_neg",
+    "prompt_syntax",
+    "rng",
     "seed",
     "num_images",
     "batch_size",
+    "batch_exact",
     "allow_empty_prompt",
 )
 
@@ -69,9 +78,6 @@ class Once(argparse.Action):
 
 def parser() -> ArgumentParser:
     """The flags. They are read as text: the request checks their values, in the same words as everywhere else."""
-    from ldm.diffusion.samplers import SAMPLERS
-    from ldm.diffusion.schedule import GRIDS
-
     made = ArgumentParser(prog="txt2img.py", description=f"{__doc__}\n\n{EXAMPLES}", epilog=EPILOG)
     made.register("action", None, Once)
     basic = made.add_argument_group("basic")
@@ -80,19 +86,22 @@ def parser() -> ArgumentParser:
     )
     basic.add_argument("--from-file", metavar="FILE", help="read prompts from a text file, one a line")
     basic.add_argument("--negative-prompt", metavar="TEXT", help="what to keep out of the picture [nothing]")
-    basic.add_argument("--model", metavar="NAME|PATH", help="a bundled model or a model folder [shapes-256]")
+    basic.add_argument("--model", metavar="NAME|PATH", help="a bundled model, a folder, or a file [shapes-256]")
     basic.add_argument("--seed", metavar="N", help="0 … 4294967295, or -1 for a random one [-1]")
     basic.add_argument("-n", "--num-images", metavar="N", help="pictures of each prompt [the batch size, else 1]")
     basic.add_argument("--steps", metavar="N", help="1 … 1000 [the model's]")
     basic.add_argument("--guidance-scale", metavar="X", help="0 … 30; 1 is no guidance [the model's]")
     basic.add_argument("--size", metavar="WxH", help="picture size in pixels [the model's]")
     advanced = made.add_argument_group("advanced")
-    advanced.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} [the model's]")
-    advanced.add_argument("--schedule", metavar="NAME", help=f"noise levels: {', '.join(GRIDS)} [the model's]")
+    add_sampling(advanced)
     advanced.add_argument("--width", metavar="N", help="64 … 2048, instead of --size")
     advanced.add_argument("--height", metavar="N", help="64 … 2048, instead of --size")
     advanced.add_argument("--batch-size", metavar="N", help="pictures drawn at once [what has 512x512 pixels together]")
+    advanced.add_argument("--batch-exact", action="store_true", default=None, help="the network sees one image a call")
     advanced.add_argument("--allow-empty-prompt", action="store_true", default=None, help="draw without a prompt")
+    advanced.add_argument(
+        "--prediction", choices=("eps", "v"), help="what a Stable Diffusion file's UNet predicts [told from the file]"
+    )
     advanced.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps [auto]")
     advanced.add_argument("--dtype", metavar="NAME", help="auto, float32, bfloat16, float16 [auto]")
     output = made.add_argument_group("output")
@@ -107,6 +116,27 @@ def parser() -> ArgumentParser:
     for flag, name in OLD_NAMES.items():
         made.add_argument(flag, dest=name, help=argparse.SUPPRESS)
     return made
+
+
+def add_sampling(group: "argparse._ArgumentGroup") -> None:
+    """The flags that say how to get from noise to a picture; docs/samplers.md explains them."""
+    from ldm.diffusion.conventions import CONVENTIONS
+    from ldm.diffusion.grids import GRIDS
+    from ldm.diffusion.samplers import SAMPLERS
+    from ldm.request import PROMPT_SYNTAXES, RNGS
+
+    group.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} [the model's]")
+    group.add_argument("--schedule", metavar="NAME", help=f"noise levels: {', '.join(GRIDS)} [the model's]")
+    group.add_argument(
+        "--sigmas", metavar="X,…,0", help="the noise levels themselves, instead of --schedule and --steps"
+    )
+    group.add_argument("--timesteps", metavar="N,…", help="the timesteps themselves, instead of --schedule and --steps")
+    group.add_argument("--convention", metavar="NAME", help=f"as in {', '.join(CONVENTIONS)} [the model's]")
+    group.add_argument("--rng", metavar="NAME", help=f"where noise comes from: {', '.join(RNGS)} [keyed]")
+    group.add_argument("--guidance-rescale", metavar="X", help="0 … 1; less contrast at high guidance [0]")
+    group.add_argument("--guidance-interval", metavar="LOW,HIGH", help="guide only between these noise levels [always]")
+    group.add_argument("--perp-neg", metavar="X", help="0 … 30; weight of what only the negative prompt says [0: off]")
+    group.add_argument("--prompt-syntax", metavar="NAME", help=f"{', '.join(PROMPT_SYNTAXES)}: text as it is [plain]")
 
 
 def version() -> str:
@@ -133,9 +163,10 @@ def main() -> None:
     from ldm.request import resolve, resolve_seed
 
     folder = bundle.find(args.model or bundle.DEFAULT)
-    config = bundle.read_config(folder)
+    config = bundle.read_config(folder, args.prediction)
     seed = resolve_seed(requests[0].seed)
     requests = [resolve(request.model_copy(update={"seed": seed}), config) for request in requests]
+    note(args, differs(requests[0]))
     if args.dry_run:
         for request in requests:
             show_plan(request, config, args.json)
@@ -144,7 +175,23 @@ def main() -> None:
     dtype, remark = find_dtype(args.dtype or "auto", device)
     note(args, remark)
     note(args, f"seed: {seed}")
-    draw_all(args, requests, bundle.Bundle.load(str(folder), str(device), dtype), preview_every)
+    loaded = bundle.Bundle.load(str(folder), str(device), dtype, args.prediction)
+    if loaded.description is not None and loaded.description.layout != "bundle":
+        note(args, f"{loaded.name}: {loaded.description.summary}")
+    draw_all(args, requests, loaded, preview_every)
+
+
+def differs(request: "GenerationRequest") -> str:
+    """What to say where the convention asked for has no say, or nothing."""
+    from ldm.diffusion.conventions import reproduces
+
+    assert request.convention and request.sampler
+    if request.convention == "exact":
+        return ""
+    if request.schedule is not None and reproduces(request.convention, request.sampler, request.schedule):
+        return ""
+    what = "list of levels" if request.schedule is None else f"{request.sampler} on {request.schedule}"
+    return f"{request.convention} has no {what}: drawn as exact does"
 
 
 def note(args: argparse.Namespace, text: str) -> None:
@@ -232,18 +279,19 @@ def outdir(args: argparse.Namespace) -> Path:
 def show_plan(request: "GenerationRequest", config: "ModelConfig", as_json: bool) -> None:
     """Print what would be done: the settings, the timesteps and noise levels σ visited, and the cost."""
     from ldm.bundle import noise_schedule
-    from ldm.diffusion.schedule import GRIDS
-    from ldm.pipeline import network_calls
+    from ldm.pipeline import network_calls, route_of
 
     schedule = noise_schedule(config)
-    sigmas = GRIDS[str(request.schedule)](schedule, request.steps or 1)
-    passes = 1 if request.guidance_scale == 1 else 2
+    there = route_of(request, schedule)
+    passes = 1 if request.guidance_scale == 1 else 3 if request.perp_neg else 2
+    images = 1 if request.batch_exact else min(request.num_images, request.batch_size or 1)
     plan = {
         **request.settings(),
-        "timesteps": [round(schedule.timestep(sigma), 3) for sigma in sigmas[:-1]],
-        "sigmas": [round(sigma, 5) for sigma in sigmas],
-        "model_calls": network_calls(request, schedule),
-        "latents_per_model_call": min(request.num_images, request.batch_size or 1) * passes,
+        "timesteps": [round(timestep, 3) for timestep in there.timesteps],
+        "sigmas": [round(sigma, 5) for sigma in there.sigmas],
+        "start_scale": round(there.start, 5),
+        "model_calls": network_calls(request, schedule) or "depends on the picture",
+        "latents_per_model_call": images * passes,
     }
     print(json.dumps(plan) if as_json else "\n".join(f"{key}: {json.dumps(value)}" for key, value in plan.items()))
 
@@ -258,7 +306,7 @@ def draw_all(
 
     pipeline = TextToImage(bundle)
     batches = [batch for request in requests for batch in request.batches()]
-    total = sum(batch.steps or 0 for batch in batches)
+    total = sum(len(pipeline.route(batch).timesteps) for batch in batches)
     began, images = time.monotonic(), 0
     for prompt in dict.fromkeys(text for batch in batches for text in (batch.prompt, batch.negative_prompt)):
         if cut := bundle.text.words_cut(prompt):

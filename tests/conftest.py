@@ -120,21 +120,34 @@ def start(script: str, *arguments: str | bytes | Path) -> Ended:
     return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+Script = Callable[..., Ended]
+
+
 @pytest.fixture
-def txt2img(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """scripts/txt2img.py called inside this process, which spares the seconds of importing torch."""
-    path = SCRIPTS / "txt2img.py"
-    spec = importlib.util.spec_from_file_location("txt2img", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(module)
+def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Script]:
+    """Scripts called inside this process, which spares the seconds of importing torch."""
 
-    def call(*arguments: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.run(module.main)
-        printed = capsys.readouterr()
-        return Ended(int(caught.value.code or 0), printed.out, printed.err)
+    def script(name: str) -> Script:
+        path = SCRIPTS / name
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        spec.loader.exec_module(module)
 
-    return call
+        def call(*arguments: str | Path) -> Ended:
+            monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+            with pytest.raises(SystemExit) as caught:
+                cli.run(module.main)
+            printed = capsys.readouterr()
+            return Ended(int(caught.value.code or 0), printed.out, printed.err)
+
+        return call
+
+    return script
+
+
+@pytest.fixture
+def txt2img(in_process: Callable[[str], Script]) -> Script:
+    """scripts/txt2img.py called inside this process."""
+    return in_process("txt2img.py")

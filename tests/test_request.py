@@ -65,6 +65,29 @@ def model(side: int = 256, factor: int = 64, timesteps: int = 1000) -> Any:
         ({"sampler": "eular"}, "sampler: no sampler 'eular' (did you mean 'euler'?); use one of ddpm, ddim"),
         ({"sampler": 3}, "sampler: no sampler '3'; use one of"),
         ({"schedule": "karas"}, "schedule: no schedule 'karas' (did you mean 'karras'?); use one of"),
+        (
+            {"convention": "difusers"},
+            "convention: no convention 'difusers' (did you mean 'diffusers'?); use one of exact",
+        ),
+        ({"rng": "cuda"}, "rng: no rng 'cuda'; use one of keyed, stream, philox"),
+        ({"prompt_syntax": "a1111"}, "prompt_syntax: no prompt syntax 'a1111'; use one of plain"),
+        ({"sigmas": "3,2,1"}, "sigmas: the last number must be 0, behind at least one more; use for example 14.6"),
+        ({"sigmas": "0"}, "sigmas: the last number must be 0, behind"),
+        ({"sigmas": "3,3,0"}, "sigmas: the numbers do not fall"),
+        ({"sigmas": "3,x,0"}, "sigmas: x is not a number"),
+        ({"sigmas": "3,nan,0"}, "sigmas: nan is not a number"),
+        ({"sigmas": [3.0, float("inf"), 0]}, "sigmas: inf is not between"),
+        ({"sigmas": 3}, "sigmas: 3 is not a list of numbers; use for example 14.6,3,0.5,0"),
+        ({"sigmas": list(range(1002, -1, -1))}, "sigmas: 1003 numbers are too many; use at most 1000 steps"),
+        ({"sigmas": "3,0", "timesteps": "9"}, "sigmas: given together with timesteps; use one"),
+        ({"timesteps": ""}, "timesteps:  is not a number"),
+        ({"timesteps": []}, "timesteps: no number is in it; use for example 999,666,333"),
+        ({"timesteps": "1,2"}, "timesteps: the numbers do not fall"),
+        ({"guidance_interval": "3,1"}, "guidance_interval: 3,1 is not LOW,HIGH; use for example 0.2,3"),
+        ({"guidance_interval": "3"}, "guidance_interval: 3 is not LOW,HIGH"),
+        ({"guidance_rescale": 1.1}, "guidance_rescale: 1.1 is not between 0 and 1; use 0.7"),
+        ({"perp_neg": -1}, "perp_neg: -1 is not between 0 and 30; use 1"),
+        ({"batch_exact": "maybe"}, "batch_exact: maybe: "),
         ({"width": 0}, "width: 0 is not between 1 and 2048"),
         ({"height": -512}, "height: -512 is not between"),
         ({"width": 100_000}, "width: 100000 is not between 1 and 2048"),
@@ -206,6 +229,48 @@ def test_prompt_files_of_other_systems_are_read() -> None:
         read_lines(b"one\ntw\xff", "f")
     with pytest.raises(DataError, match="f: no prompt in it"):
         read_lines(b"\n \r\n", "f")
+
+
+def test_samplers_are_known_by_their_other_names() -> None:
+    known = {
+        "DPM++ 2M Karras": ("dpmpp_2m", "karras"),
+        "Euler a": ("euler_ancestral", None),
+        "EulerDiscreteScheduler": ("euler", None),
+    }
+    for name, expected in known.items():
+        request = GenerationRequest(prompt="a", sampler=name)
+        assert (request.sampler, request.schedule) == expected
+    assert GenerationRequest(prompt="a", sampler="DPM++ 2M Karras", schedule="simple").schedule == "simple"
+
+
+def test_a_list_of_levels_says_the_steps_and_takes_the_place_of_the_schedule() -> None:
+    request = GenerationRequest(prompt="a", sigmas="14.6, 1.5e0,0")
+    assert request.sigmas == (14.6, 1.5, 0.0)
+    resolved = resolve(request, model())
+    assert (resolved.steps, resolved.schedule) == (2, None)
+    assert resolve(resolved, model()) == resolved
+    assert GenerationRequest.from_settings(resolved.settings())[0] == resolved
+    assert resolve(GenerationRequest(prompt="a", timesteps="999,500"), model()).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sigmas": "3,0", "steps": 2}, "sigmas: 1 steps, but steps is 2; leave steps out"),
+        ({"sigmas": "3,0", "schedule": "karras"}, "sigmas: given together with schedule karras; use one"),
+        ({"timesteps": "1000,3"}, "timesteps: 1000 is above the model's last, 999; start there"),
+    ],
+)
+def test_a_list_of_levels_may_not_contradict_the_rest(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        resolve(GenerationRequest(prompt="a", **settings), model())
+    assert words in str(caught.value)
+
+
+def test_convention_is_the_models_and_images_of_own_pace_are_drawn_one_by_one() -> None:
+    assert resolve(GenerationRequest(prompt="a"), model()).convention == "exact"
+    assert resolve(GenerationRequest(prompt="a", convention="a1111"), model()).convention == "a1111"
+    assert resolve(GenerationRequest(prompt="a", sampler="dpm_adaptive", batch_size=4), model()).batch_size == 1
 
 
 def test_every_sampler_name_is_accepted() -> None:

@@ -156,6 +156,31 @@ def test_dry_run_shows_the_plan_and_writes_nothing(txt2img: Script, tiny_folder:
     assert "model_calls: 12\n" in words
 
 
+def test_dry_run_shows_what_a_convention_makes_of_it(txt2img: Script, tiny_folder: Path) -> None:
+    flags = ("-p", "a", "--model", tiny_folder, "--dry-run", "--json", "--steps", "30")
+    plan = json.loads(txt2img(*flags, "--schedule", "leading", "--convention", "compvis").out)
+    assert (len(plan["timesteps"]), plan["timesteps"][0], plan["model_calls"]) == (31, 991.0, 31)
+    assert plan["start_scale"] == pytest.approx((1 + plan["sigmas"][0] ** 2) ** 0.5, rel=1e-4)
+    assert plan["sigmas"][-1] == pytest.approx(0.02917, abs=1e-5)
+    other = txt2img(*flags, "--sampler", "DPM++ 2M Karras", "--convention", "compvis")
+    assert "compvis has no dpmpp_2m on karras: drawn as exact does" in other.err
+    plan = json.loads(other.out)
+    assert (plan["sampler"], plan["schedule"], plan["model_calls"]) == ("dpmpp_2m", "karras", 30)
+    adaptive = json.loads(txt2img(*flags, "--sampler", "dpm_adaptive").out)
+    assert adaptive["model_calls"] == "depends on the picture"
+
+
+def test_levels_may_be_listed(txt2img: Script, tiny_folder: Path) -> None:
+    flags = ("-p", "a", "--model", tiny_folder, "--dry-run", "--json")
+    plan = json.loads(txt2img(*flags, "--sigmas", "14.6,3,0.5,0").out)
+    assert (plan["sigmas"], plan["steps"], plan["model_calls"]) == ([14.6, 3.0, 0.5, 0.0], 3, 3)
+    plan = json.loads(txt2img(*flags, "--timesteps", "999,500", "--sampler", "heun").out)
+    assert (plan["timesteps"], plan["steps"], plan["model_calls"]) == ([999.0, 500.0], 2, 3)
+    assert txt2img(*flags, "--sigmas", "3,0", "--steps", "4").errors == [
+        "error: sigmas: 1 steps, but steps is 4; leave steps out"
+    ]
+
+
 def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> None:
     flags = ("-p", "a", "--model", tiny_folder, "--outdir", tmp_path, "-n", "500", "--batch-size", "1")
     process = subprocess.Popen(

@@ -1,11 +1,11 @@
-"""Noise schedules (β → ᾱ → σ) and the grids of noise levels that a sampler visits.
+"""Noise schedules: β → ᾱ → σ, and between a noise level and its fractional timestep.
 
 Everywhere else a noisy latent is x = x0 + σ·noise. Discrete timesteps and ᾱ exist only here and in the denoiser:
 x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε is that x times √ᾱ_t, with σ_t = √((1−ᾱ_t)/ᾱ_t).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,7 +54,11 @@ class NoiseSchedule:
 
     def sigma(self, timestep: float) -> float:
         """The noise level of a fractional timestep: the inverse of `timestep`."""
-        return float(np.exp(np.interp(timestep, np.arange(len(self)), self.log_sigmas)))
+        return self.levels([timestep])[0]
+
+    def levels(self, timesteps: Sequence[float] | Array) -> list[float]:
+        """The noise levels of fractional timesteps."""
+        return [float(s) for s in np.exp(np.interp(timesteps, np.arange(len(self)), self.log_sigmas))]
 
 
 def _alphas_cumprod(betas: NDArray[np.floating]) -> Array:
@@ -71,42 +75,25 @@ def scaled_linear(beta_start: float, beta_end: float, timesteps: int) -> NoiseSc
     return NoiseSchedule(_alphas_cumprod(np.linspace(beta_start**0.5, beta_end**0.5, timesteps) ** 2))
 
 
+def scaled_linear_zero_snr(beta_start: float, beta_end: float, timesteps: int) -> NoiseSchedule:
+    """`scaled_linear` whose last timestep is pure noise; for networks that predict v or x0."""
+    return zero_terminal_snr(scaled_linear(beta_start, beta_end, timesteps))
+
+
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """`schedule` with √ᾱ shifted and stretched so that it starts as before and ends in 0 (Lin et al. 2024, Alg. 1).
+
+    The last ᾱ is 2⁻²⁴ and not 0, as in diffusers: σ is then 4096 and not infinite, and x0 + σ·noise keeps one part of
+    the image in 4096 of noise, less than half precision can tell from none.
+    """
+    roots = np.sqrt(schedule.alphas_cumprod)
+    alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    alphas_cumprod[-1] = 2.0**-24
+    return NoiseSchedule(alphas_cumprod)
+
+
 NOISE_SCHEDULES: dict[str, Callable[[float, float, int], NoiseSchedule]] = {
     "scaled_linear": scaled_linear,
     "linear": linear,
+    "scaled_linear_zero_snr": scaled_linear_zero_snr,
 }
-
-
-# Grids: noise levels from high to low, `steps` of them and then 0. All run exactly the number of steps asked for.
-
-
-def leading(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Timesteps 1 + i·⌊T/S⌋: DDIM's own spacing (Song et al. 2021), which never starts at the noisiest level."""
-    stride = len(schedule) // steps
-    offset = min(1, len(schedule) - 1 - (steps - 1) * stride)
-    return _at(schedule, [offset + i * stride for i in reversed(range(steps))])
-
-
-def trailing(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Timesteps T − 1, T − 1 − T/S, …: starts at the noisiest level (Lin et al. 2024, Section 3.3)."""
-    return _at(schedule, [round(len(schedule) * (1 - i / steps)) - 1 for i in range(steps)])
-
-
-def linspace(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Timesteps evenly from T − 1 to 0, fractional (k-diffusion's default)."""
-    return _at(schedule, [float(t) for t in np.linspace(len(schedule) - 1, 0, steps)])
-
-
-def karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> list[float]:
-    """Evenly in σ^(1/ρ) over the schedule's full range (Karras et al. 2022, Equation 5)."""
-    ramp = np.linspace(schedule.sigma_max ** (1 / rho), schedule.sigma_min ** (1 / rho), steps) ** rho
-    return [*(float(s) for s in ramp), 0.0]
-
-
-def _at(schedule: NoiseSchedule, timesteps: list[int] | list[float]) -> list[float]:
-    return [*(schedule.sigma(t) for t in timesteps), 0.0]
-
-
-Grid = Callable[[NoiseSchedule, int], list[float]]
-
-GRIDS: dict[str, Grid] = {"leading": leading, "trailing": trailing, "linspace": linspace, "karras": karras}

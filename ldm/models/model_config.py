@@ -5,15 +5,18 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ldm.config import Config
-from ldm.models.autoencoder import AutoencoderConfig, PixelConfig
-from ldm.models.text import ClipTextConfig, LabelConfig
-from ldm.models.unet import UNetConfig
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, KLAutoencoder, PixelAutoencoder, PixelConfig
+from ldm.models.text import ClipTextConfig, ClipTextEncoder, LabelConfig, LabelEncoder, TextEncoder
+from ldm.models.unet import UNet, UNetConfig
 
 
 class NoiseScheduleConfig(Config):
-    """β over `timesteps` steps: linear (DDPM) or linear in √β (latent diffusion's, "scaled_linear")."""
+    """β over `timesteps` steps: linear (DDPM), or linear in √β (latent diffusion's, "scaled_linear").
 
-    kind: Literal["scaled_linear", "linear"] = "scaled_linear"
+    "scaled_linear_zero_snr" is the latter rescaled to end in pure noise, for networks that predict v or x0.
+    """
+
+    kind: Literal["scaled_linear", "linear", "scaled_linear_zero_snr"] = "scaled_linear"
     beta_start: PositiveFloat = 0.00085
     beta_end: float = Field(default=0.012, gt=0, lt=1)
     timesteps: PositiveInt = 1000
@@ -26,6 +29,7 @@ class SamplingDefaults(Config):
     height: PositiveInt
     sampler: str = "ddim"
     schedule: str = "trailing"
+    convention: str = "exact"
     steps: PositiveInt = 30
     guidance_scale: float = 7.5
 
@@ -39,6 +43,11 @@ class ModelConfig(Config):
     noise_schedule: NoiseScheduleConfig = NoiseScheduleConfig()
     prediction: Literal["eps", "v", "x0"] = "eps"
     sampling: SamplingDefaults
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet also reads a mask and the latent of the picture that is kept."""
+        return self.unet.in_channels == 2 * self.autoencoder.latent_channels + 1
 
     @property
     def factor(self) -> int:
@@ -58,7 +67,21 @@ class ModelConfig(Config):
                 f"the text encoder is {self.text.width} wide, "
                 f"the UNet's cross-attention expects {self.unet.context_width}"
             )
+        if self.noise_schedule.kind.endswith("zero_snr") and self.prediction == "eps":
+            raise ValueError("a network that predicts eps says nothing about an image at pure noise; use v or x0")
         for side in (self.sampling.width, self.sampling.height):
             if side % self.factor:
                 raise ValueError(f"side {side} of sampling is not a multiple of {self.factor}")
         return self
+
+
+def build(config: ModelConfig) -> tuple[Autoencoder, TextEncoder, UNet]:
+    """The three networks of a config, with fresh weights."""
+    autoencoder: Autoencoder
+    if isinstance(config.autoencoder, AutoencoderConfig):
+        autoencoder = KLAutoencoder(config.autoencoder)
+    else:
+        autoencoder = PixelAutoencoder(config.autoencoder)
+    text: TextEncoder
+    text = ClipTextEncoder(config.text) if isinstance(config.text, ClipTextConfig) else LabelEncoder(config.text)
+    return autoencoder, text, UNet(config.unet)

@@ -1,0 +1,23 @@
+"""Adams' idea, on which multistep methods rest: integrate the polynomial through a function's last known values."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+# Gauss and Legendre's rule on [−1, 1]: exact for polynomials up to degree 15, and to rounding for these times exp.
+POINTS, SHARES = (rule.tolist() for rule in np.polynomial.legendre.leggauss(8))
+
+
+def adams_weights(
+    nodes: Sequence[float], start: float, end: float, factor: Callable[[float], float] = lambda t: 1.0
+) -> list[float]:
+    """The wⱼ with ∫ factor(t)·P(t) dt = Σ wⱼ·P(nodes[j]) from start to end, if P's degree is less than len(nodes)."""
+    weights = [0.0] * len(nodes)
+    for point, share in zip(POINTS, SHARES, strict=True):
+        t = start + (end - start) * (1.0 + point) / 2
+        measure = share * (end - start) / 2 * factor(t)
+        for j, node in enumerate(nodes):
+            others = [other for k, other in enumerate(nodes) if k != j]
+            weights[j] += measure * math.prod((t - other) / (node - other) for other in others)
+    return weights
