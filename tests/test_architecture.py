@@ -41,7 +41,8 @@ WEIGHTS = ("ldm/bundle.py", "ldm/training/checkpoint.py", "ldm/formats/")
 DOORS = {
     "xformers": ("ldm/nn/attention.py",),
     "open_clip": ("ldm/models/text.py", "ldm/models/clip.py"),
-    "webdataset": ("ldm/data/",),
+    "webdataset": ("ldm/data/", "scripts/benchmark_data.py"),  # the script compares with it
+    "pyarrow": ("ldm/data/records.py",),
     "accelerate": ("ldm/training/", "scripts/train.py"),
     "gradio": ("ldm/ui/", "app.py"),
     "safetensors": WEIGHTS,
@@ -50,7 +51,7 @@ DOORS = {
 # What a command needs before it has said no to a bad setting; importing torch takes seconds.
 WITHOUT_TORCH = [
     *("ldm", "ldm.errors", "ldm.cli", "ldm.config", "ldm.machine", "ldm.outputs", "ldm.prompts"),
-    *("ldm.diffusion.samplers", "ldm.diffusion.schedule", "ldm.request"),
+    *("ldm.diffusion.samplers", "ldm.diffusion.schedule", "ldm.diffusion.conventions", "ldm.request"),
 ]
 LINES_OF_A_FILE = 400
 LINES_OF_A_FUNCTION = 60

@@ -92,9 +92,11 @@ def test_find_shards_by_folder_pattern_and_braces(shards: list[Path]) -> None:
     folder = shards[0].parent
     assert find_shards(folder) == find_shards(str(folder / "*.tar")) == shards
     assert find_shards(str(folder / "shapes-{00000..00001}.tar")) == shards[:2]
-    for source in (folder / "none.tar", folder / "x*.tar", "pipe:touch ran", "http://localhost/a.tar"):
+    for source in (folder / "none.tar", folder / "x*.tar", "http://localhost/a.tar", []):
         with pytest.raises(DataError, match="expected"):
             find_shards(source)
+    with pytest.raises(SettingError, match="never run"):
+        find_shards("pipe:touch ran")
 
 
 def test_existing_shards_are_not_overwritten(shards: list[Path]) -> None:

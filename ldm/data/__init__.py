@@ -1,1 +1,1 @@
-"""Pictures with captions: the procedural shapes, and shards in and out."""
+"""Pictures with captions: the procedural shapes, shards in and out, and batches from them."""

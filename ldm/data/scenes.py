@@ -5,10 +5,11 @@ compose can be measured. Coordinates are fractions of the picture's side, x to t
 comes from the `random.Random` that the caller hands in.
 """
 
-import math
 import random
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from ldm.errors import SettingError
 
 Colour = tuple[int, int, int]
 Triple = tuple[str, str, str]

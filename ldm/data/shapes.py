@@ -1,6 +1,6 @@
 """An endless, procedural data set: flat shapes on flat ground, with captions that are exactly true.
 
-A `Scene` is sampled (`ldm.data.scenes`), drawn by `render` and told by `caption`; `parse_caption` reads the caption back
+A `Scene` is sampled (`ldm.data.scenes`), drawn by `render` and told by `caption`; `parse_caption` reads it back
 into an `Expectation`, which an evaluator can hold against a generated picture.
 """
 
@@ -24,7 +24,6 @@ from ldm.data.scenes import (
     DEFAULT_SIZE,
     HELD_OUT,
     POSITIONS,
-    RELATIONS,
     SHAPES,
     SIZES,
     Scene,

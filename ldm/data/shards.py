@@ -2,52 +2,50 @@
 
 A sample is the files that share a name up to the first dot: `<key>.png` (or webp, jpg, jpeg), `<key>.txt` with the
 caption, and optionally `<key>.json` with facts. Shards are opened here as plain files, never by a URL, so that
-neither `pipe:` nor a download can hide in a name; WebDataset groups, shuffles and decodes what is in them.
+neither `pipe:` nor a download can hide in a name; WebDataset groups and shuffles what is in them.
 """
 
 import io
 import itertools
 import json
-import logging
 import os
 import random
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 os.environ["WDS_SECURE"] = "1"  # read by webdataset when it is imported, here and in child processes
 import webdataset
 import webdataset.utils
 from braceexpand import braceexpand
-from PIL import Image, ImageOps
-from webdataset.autodecode import Decoder, DecodingError
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from ldm.errors import DataError
+from ldm.data.decoding import DECODED, Sample, decode
+from ldm.data.tally import BadSample, Fault, Tally
+from ldm.errors import DataError, SettingError
 
 webdataset.utils.enforce_security = True  # also where somebody else imported it first
 
-IMAGE_FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "jpeg": "JPEG"}
-DECODED = (*IMAGE_FORMATS, "txt", "json")
 EXECUTABLE = frozenset({"pickle", "pkl", "pyd", "pth", "pt", "ckpt", "joblib", "dill"})
 """Endings of files that can run code when they are read; a shard with one of them is refused."""
 
 SHUFFLE_BUFFER = 1000  # samples, still encoded
-TOLERATED = 0.01  # share of bad samples above which a data set is called bad
+LARGEST_MEMBER = 64 * 2**20  # bytes; a larger file in a shard is counted as bad and not read
 
-_TAR_END = bytes(2 * tarfile.BLOCKSIZE)
+TORN = "torn shard"
+_TEAR = "__torn__"  # in place of an ending: the error that ended a shard within this sample
 
-log = logging.getLogger(__name__)
+EncodedSample = dict[str, Any]
+"""Files of a sample as bytes by their ending, with "__key__" and "__url__" (where the shard lies)."""
 
 
-class Sample(NamedTuple):
-    """A decoded sample; `facts` is the content of its json file, empty where there is none."""
+class TornShard(DataError):
+    """A shard that cannot be read to its end."""
 
-    image: Image.Image
-    caption: str
-    facts: dict[str, Any]
+    def __init__(self, name: str, words: str) -> None:
+        self.fault = Fault(name, TORN, words)
+        super().__init__(f"{name}: {words}")
 
 
 # Writing -------------------------------------------------------------------------------------------------------
@@ -71,7 +69,7 @@ def write_shards(
         path = shard_path(folder, prefix, number)
         if path.exists():
             raise DataError(f"{path}: exists already, expected a new name; delete it, resume, or choose another folder")
-        _write_shard(batch, path)
+        write_shard(batch, path)
         written.append(path)
     raise AssertionError("unreachable")
 
@@ -81,18 +79,28 @@ def shard_path(folder: Path, prefix: str, number: int) -> Path:
     return folder / f"{prefix}-{number:05d}.tar"
 
 
-def _write_shard(samples: Sequence[Mapping[str, object]], path: Path) -> None:
+def write_shard(samples: Iterable[Mapping[str, object]], path: Path) -> int:
+    """Write one shard, whole or not at all, in place of one of its name; returns the number of samples.
+
+    ValueError for keys that would not be read back: one given twice, an empty one, one with a dot.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    keys: set[object] = set()
     try:
         with temporary.open("wb") as file:
             with webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
                 for sample in samples:
+                    key = str(sample["__key__"])
+                    if key in keys or not key or "." in key.rpartition("/")[2]:
+                        raise ValueError(f"{path}: key {key!r}, expected one that is new and has no dot")
+                    keys.add(key)
                     tar.write({name: _member(name, value) for name, value in sample.items()})
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return len(keys)
 
 
 def _member(name: str, value: object) -> object:
@@ -107,18 +115,28 @@ def _member(name: str, value: object) -> object:
 
 def find_shards(source: str | Path | Iterable[str | Path]) -> list[Path]:
     """The shards that a folder, a pattern (`*`, `?`, `{00000..00009}`) or a list of paths names, in order of name."""
-    if not isinstance(source, str | Path):
-        paths = [Path(path) for path in source]
-    elif Path(source).is_dir():
-        paths = list(Path(source).glob("*.tar"))
-    else:
-        paths = [path for pattern in braceexpand(str(source)) for path in _glob(Path(pattern))]
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    paths = [path for one in sources for path in _named(one)]
     if not paths:
-        raise DataError(f"{source}: no shards there, expected .tar files; check the path, or prepare the data first")
+        raise DataError(
+            f"{source or 'shards'}: 0 shards match, expected .tar files; check the path, or prepare the data first"
+        )
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: no such shard, expected a .tar file; check the path")
-    return sorted(paths)
+    return sorted(set(paths))
+
+
+def _named(source: str | Path) -> list[Path]:
+    """The paths that one folder, pattern or path stands for."""
+    text = str(source)
+    if text.startswith("pipe:"):
+        raise SettingError(f"{text}: a command, expected the path of .tar files; commands in data paths are never run")
+    if "://" in text:
+        raise DataError(f"{text}: a remote address, expected local .tar files; read it in mode streaming, or copy it")
+    if Path(source).is_dir():
+        return list(Path(source).glob("*.tar"))
+    return [path for pattern in braceexpand(text) for path in _glob(Path(pattern))]
 
 
 def _glob(pattern: Path) -> list[Path]:
@@ -153,131 +171,139 @@ def read_samples(
 def _epoch(paths: list[Path], seed: str, shuffle: bool, part: tuple[int, int]) -> Iterator[Sample]:
     """One round over a part of the shards. All parts share the order of shards; within it each has its own."""
     index, parts = part
-    if not shuffle:
-        return _decoded_samples(_encoded_samples(paths[index::parts]))
-    order = random.Random(f"shards {seed}").sample(paths, len(paths))
-    rng = random.Random(f"samples {seed} {index}")
-    mixed = webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)
-    return _decoded_samples(mixed(_encoded_samples(order[index::parts])))
+    tally = Tally()
+    order = random.Random(f"shards {seed}").sample(paths, len(paths)) if shuffle else paths
+    encoded = _encoded_samples(order[index::parts], tally)
+    if shuffle:
+        rng = random.Random(f"samples {seed} {index}")
+        encoded = webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)(encoded)
+    for sample in encoded:
+        try:
+            decoded = decode(sample, where(sample))
+        except BadSample as error:
+            tally.add(1, [error.fault])
+        else:
+            tally.add(1)
+            yield decoded
+    tally.end()
+
+
+def _encoded_samples(paths: Iterable[Path], tally: Tally) -> Iterator[EncodedSample]:
+    for path in paths:
+        with path.open("rb") as file:
+            yield from shard_samples(file, str(path), lambda fault: tally.add(1, [fault]))
+
+
+def read_shard(path: Path, tally: Tally) -> Iterator[tuple[str, Sample]]:
+    """Key and content of every good sample of one shard, in order; the others are counted. DataError for a torn one."""
+    for encoded in _encoded_samples([path], tally):
+        try:
+            decoded = decode(encoded, where(encoded))
+        except BadSample as error:
+            tally.add(1, [error.fault])
+        else:
+            tally.add(1)
+            yield encoded["__key__"], decoded
 
 
 def check_shard(path: Path) -> tuple[int, list[str]]:
     """How many good samples a shard has, and a line for every fault found in it."""
     good, faults = 0, []
     try:
-        for encoded in _encoded_samples([path]):
-            try:
-                _decode(encoded)
-                good += 1
-            except DataError as error:
-                faults.append(str(error))
+        with path.open("rb") as file:
+            for encoded in shard_samples(file, str(path), lambda fault: faults.append(str(fault))):
+                try:
+                    decode(encoded, where(encoded))
+                    good += 1
+                except DataError as error:
+                    faults.append(str(error))
     except DataError as error:
         faults.append(str(error))
     return good, faults
 
 
-@dataclass
-class _Tally:
-    """Counts samples while they pass; bad ones are too many once they would spoil 1 % of a buffer's worth."""
+def where(sample: EncodedSample) -> str:
+    """Shard and key of a sample, for messages."""
+    return f"{sample['__url__']}: sample {sample['__key__']!r}"
 
-    seen: int = 0
-    bad: int = 0
 
-    def check(self, least: int) -> None:
-        if self.bad > TOLERATED * max(self.seen, least):
-            raise DataError(
-                f"shards: got {self.bad} bad samples among {self.seen}, expected at most {TOLERATED:.0%}; "
-                "they are named in the log; prepare the data again"
+def shard_samples(stream: BinaryIO, name: str, report: Callable[[Fault], None]) -> Iterator[EncodedSample]:
+    """The samples of one shard, still encoded; what is wrong with single ones is reported, and they are left out.
+
+    Raises TornShard, behind the whole samples before it, where the shard is torn or is no tar file, and DataError for a
+    file that can run code.
+    """
+
+    def twice(error: Exception) -> bool:
+        if not isinstance(error, ValueError):
+            raise error
+        words = f"{str(error.args[0]).split(':')[0]}: twice in the shard, expected once; the first is taken"
+        report(Fault(name, "file given twice", words))
+        return True
+
+    seen: set[str] = set()
+    for sample in group_by_keys(_files(stream, name, report), handler=twice):
+        if _TEAR in sample:
+            raise TornShard(name, torn(sample[_TEAR])) from sample[_TEAR]
+        refuse_executable(sample, name)
+        if sample["__key__"] in seen:  # the files of a sample must lie side by side
+            report(
+                Fault(where(sample), "files apart", "got its files with others between them, expected them in a row")
             )
-
-
-def _decoded_samples(encoded: Iterable[dict[str, Any]]) -> Iterator[Sample]:
-    tally = _Tally()
-    for sample in encoded:
-        tally.seen += 1
-        try:
-            decoded = _decode(sample)
-        except DataError as error:
-            tally.bad += 1
-            log.warning("%s", error)
-            tally.check(least=SHUFFLE_BUFFER)
-        else:
-            yield decoded
-    tally.check(least=0)
-
-
-def _encoded_samples(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Samples as bytes by file ending, with "__key__" and "__url__" (the shard's path)."""
-    for path in paths:
-        with path.open("rb") as file:
-            # A tar file ends in two blocks of zeros; nothing else tells that one was cut short.
-            file.seek(max(0, path.stat().st_size - len(_TAR_END)))
-            if path.suffix == ".tar" and file.read() != _TAR_END:
-                raise DataError(f"{path}: torn or no tar file (its end is missing); copy or prepare this shard again")
-            file.seek(0)
-            yield from _shard_samples(path, file)
-
-
-def _shard_samples(path: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
-    members = tar_file_expander([{"url": str(path), "stream": file}])
-    samples = group_by_keys(members)
-    while True:
-        try:
-            sample = next(samples)
-        except StopIteration:
-            return
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            reason = str(error.args[0] if error.args else error).split(" @ ")[0]
-            raise DataError(f"{path}: torn or no tar file ({reason}); copy or prepare this shard again") from error
-        for ending in sample:
-            if EXECUTABLE.intersection(ending.split(".")):
-                raise DataError(
-                    f"{path}: {sample['__key__']}.{ending} can run code when it is read, expected only "
-                    f"{', '.join(DECODED)}; do not use this shard"
-                )
+            continue
+        seen.add(sample["__key__"])
         yield sample
 
 
-def _decode(sample: dict[str, Any]) -> Sample:
-    """The picture as RGB, the caption and the facts; files of other kinds are not looked at."""
-    where = f"{sample['__url__']}: sample {sample['__key__']!r}"
+def torn(error: Exception) -> str:
+    """What to say of a shard that cannot be read to its end."""
+    reason = str(error.args[0] if error.args else error)
+    return f"torn or no tar file ({reason}); copy or prepare this shard again (compressed ones are not read)"
+
+
+def refuse_executable(endings: Iterable[str], name: str) -> None:
+    """DataError where one of these files could run code when it is read."""
+    for ending in endings:
+        if EXECUTABLE.intersection(ending.lower().split(".")):
+            raise DataError(
+                f"{name}: a file .{ending} can run code when it is read, expected only {', '.join(DECODED)}; "
+                "do not use this shard"
+            )
+
+
+def _files(stream: BinaryIO, name: str, report: Callable[[Fault], None]) -> Iterator[dict[str, Any]]:
+    """The files in a tar, in order, and behind them the error of a tear, in the name of the sample it lies in."""
+    last = ""
     try:
-        decoded = _DECODER(sample)
-    except DecodingError as error:
-        cause = error.__cause__
-        raise DataError(f"{where}: {type(cause).__name__} ({cause}), expected whole files; left out") from error
-    images = [decoded[ending] for ending in IMAGE_FORMATS if ending in decoded]
-    if len(images) != 1 or "txt" not in decoded:
-        files = ", ".join(ending for ending in sample if not ending.startswith("__")) or "nothing"
-        raise DataError(
-            f"{where}: got {files}, expected one picture ({', '.join(IMAGE_FORMATS)}) and one txt; left out"
-        )
-    facts = decoded.get("json", {})
-    if not isinstance(facts, dict):
-        raise DataError(f"{where}: got json of type {type(facts).__name__}, expected an object; left out")
-    return Sample(images[0], decoded["txt"].strip(), facts)
+        with tarfile.open(fileobj=stream, mode="r:" if can_seek(stream) else "r|") as tar:
+            for member in tar:
+                last = member.name
+                tar.members = []  # type: ignore[attr-defined]  # or they would all be kept
+                if not member.isreg() or member.issparse() or member.name.startswith("__"):
+                    continue
+                if member.size > LARGEST_MEMBER:
+                    words = f"{member.name} has {member.size} bytes, expected at most {LARGEST_MEMBER}"
+                    report(Fault(name, "file too large", words))
+                    continue
+                file = tar.extractfile(member)
+                assert file is not None, member
+                yield {"fname": member.name, "data": file.read(), "__url__": name}
+            refuse_open_end(stream, tar)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        yield {"fname": f"{base_plus_ext(last)[0] or 'tear'}.{_TEAR}", "data": error, "__url__": name}
 
 
-def _decode_image(name: str, data: bytes) -> Image.Image | None:
-    """A picture file as RGB, upright, transparent parts on white; None for a file of another kind."""
-    format_ = IMAGE_FORMATS.get(name.rpartition(".")[2].lower())
-    if format_ is None:
-        return None
-    with Image.open(io.BytesIO(data), formats=[format_]) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+def refuse_open_end(stream: BinaryIO, tar: tarfile.TarFile) -> None:
+    """Raise ReadError where a tar, read to its end, does not end in zeros: cut between files, or noise in its middle.
+
+    Of a stream that cannot go back only the opener knows whether it is all there.
+    """
+    if can_seek(stream):
+        stream.seek(tar.offset)
+        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("its end is missing")
 
 
-def _decode_json(name: str, data: bytes) -> object:
-    return json.loads(data) if name.rpartition(".")[2].lower() == "json" else None
-
-
-def _decode_text(name: str, data: bytes) -> str | None:
-    return data.decode() if name.rpartition(".")[2].lower() == "txt" else None
-
-
-# No handlers before or after ours: webdataset's own would unzip, and decode many more kinds.
-_DECODER = Decoder([_decode_image, _decode_json, _decode_text], pre=[], post=[], only=list(DECODED))
+def can_seek(stream: BinaryIO) -> bool:
+    """Whether a stream is a file that can go back; WebDataset's pipes cannot, and do not know the question."""
+    return isinstance(stream, io.IOBase) and stream.seekable()

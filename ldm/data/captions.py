@@ -1,0 +1,63 @@
+"""What a picture is called in one step of training: one of its captions, in one of the templates, or nothing at all."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from ldm.config import Config
+from ldm.data.order import Chance
+from ldm.data.tally import BadSample
+
+NAME = re.compile(r"\{(\w+)\}")
+
+
+class CaptionConfig(Config):
+    """How captions are chosen. `captions` in a sample's json are further ones beside its txt."""
+
+    choice: Literal["first", "any"] = "first"
+    # Probability that the caption becomes the null prompt, for classifier-free guidance.
+    dropout: float = Field(default=0.0, ge=0, le=1)
+    # Such as "a photo of {caption}" or "{caption}, {style} style": names other than caption are the sample's facts,
+    # and a template that names a fact the sample lacks is not used for it.
+    templates: tuple[str, ...] = ()
+    # What a sample without words is: bad, or a picture of the null prompt.
+    empty: Literal["skip", "uncond"] = "skip"
+
+    @field_validator("templates")
+    @classmethod
+    def _says_the_caption(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if "caption" not in NAME.findall(template):
+                raise ValueError(f"template {template!r} does not have {{caption}} in it")
+        return templates
+
+
+def all_captions(caption: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every caption of a sample, the one of its txt first, none twice, none empty."""
+    listed = facts.get("captions", [])
+    further = [text.strip() for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
+    return tuple(dict.fromkeys(text for text in (caption, *further) if text))
+
+
+def choose_caption(caption: str, facts: Mapping[str, Any], config: CaptionConfig, chance: Chance, where: str) -> str:
+    """The caption of this step, empty for the null prompt. BadSample for a sample without words, if those are bad."""
+    known = all_captions(caption, facts)
+    if not known:
+        if config.empty == "uncond":
+            return ""
+        raise BadSample(where, "empty caption", "got an empty caption, expected words")
+    if chance("caption dropout") < config.dropout:
+        return ""
+    chosen = pick(known, chance("caption")) if config.choice == "any" else known[0]
+    usable = [template for template in config.templates if set(NAME.findall(template)) <= {"caption", *facts}]
+    if not usable:
+        return chosen
+    words = {**facts, "caption": chosen}
+    return NAME.sub(lambda found: str(words[found[1]]), pick(usable, chance("template")))
+
+
+def pick(choices: tuple[str, ...] | list[str], number: float) -> str:
+    """The choice that a number in [0, 1) stands for."""
+    return choices[int(number * len(choices))]

@@ -1,0 +1,107 @@
+"""Indexed reading of captioned pictures: batch b is a function of (seed, b), and each sample comes once per epoch."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Protocol, TypeVar
+
+from ldm.data.buckets import assign, bucket_sizes
+from ldm.data.decoding import DECODED
+from ldm.data.index import PICTURES, Reader, open_table
+from ldm.data.loading import PartsOfBatches, loaded
+from ldm.data.order import Chance, Indices, Part, Plan
+from ldm.data.pictures import Picture, PictureBatch, batch_of, read_picture_sample
+from ldm.data.settings import PicturesConfig
+from ldm.data.shards import find_shards
+from ldm.data.tally import WINDOW, BadSample, Fault, Tally
+from ldm.errors import DataError
+
+T = TypeVar("T")
+
+
+class Batch(Protocol):
+    """What any batch says of itself."""
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """The samples that were bad, and that others stand in for."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+Counted = TypeVar("Counted", bound=Batch)
+STAND_INS = 100  # samples tried in place of a bad one
+
+
+class IndexedShards:
+    """Captioned pictures of local shards, as batches that (seed, step) alone decides.
+
+    All random choices for a sample are keyed by (seed, step, its place in the global batch). In place of a bad sample
+    comes the next good one of its bucket; it is named, and counted in `tally`. Memory: about 110 bytes a sample, shared
+    by forked workers. Files: at most 64 open shards a process.
+    """
+
+    def __init__(self, config: PicturesConfig) -> None:
+        self.config = config
+        self.sizes = bucket_sizes(config.pictures.side, config.buckets)
+        measure = None if config.buckets is None else PICTURES
+        paths = find_shards(config.shards)
+        self.table = open_table(paths, DECODED, config.index, measure, config.max_bad_fraction)
+        self.tally = Tally(config.max_bad_fraction, min(WINDOW, len(self.table)))
+        self.plan = Plan(len(self.table), config.batch_size, config.seed, self._buckets())
+        self._reader = Reader(self.table)
+
+    def _buckets(self) -> Indices | None:
+        if self.config.buckets is None:
+            return None
+        widths, heights = self.table.dimensions.T
+        return assign(widths, heights, self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def keys(self, step: int) -> tuple[str, ...]:
+        """The keys of global batch `step`, bad samples among them; nothing is read."""
+        return tuple(self.table.key(sample) for sample in self.plan.batch(step).samples.tolist())
+
+    def batches(self, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[PictureBatch]:
+        """This rank's part of every global batch from step `start` on, without end.
+
+        Raises SettingError at once for a batch that cannot be shared, and while reading DataError for too many bad
+        samples, MachineError for a dead worker.
+        """
+        parts = PartsOfBatches(self.plan, self.batch, rank, world_size)
+        where = str(self.table.shards[0].parent)
+        return counted(loaded(parts, start, workers, self.config.timeout_s, where), self.tally)
+
+    def batch(self, part: Part) -> PictureBatch:
+        """The batch of these samples."""
+        faults: list[Fault] = []
+        pictures = []
+        for place, sample in part.places():
+            chance = Chance(f"{self.config.seed} {part.step} {place}")
+            choices = self.plan.from_on(part.bucket, sample)
+            pictures.append(first_good(choices, partial(self._picture, part.bucket, chance), faults))
+        return batch_of(part.step, part.first, pictures, faults)
+
+    def _picture(self, bucket: int, chance: Chance, sample: int) -> Picture:
+        files, key, where = self._reader.files(sample), self.table.key(sample), self.table.where(sample)
+        return read_picture_sample(files, key, where, self.config, self.sizes[bucket], chance)
+
+
+def first_good(samples: Iterable[int], read: Callable[[int], T], faults: list[Fault]) -> T:
+    """What `read` makes of the first sample that is not bad; the bad ones before it are added to `faults`."""
+    for sample in islice(samples, STAND_INS):
+        try:
+            return read(sample)
+        except BadSample as error:
+            faults.append(error.fault)
+    raise DataError(f"{faults[-1].where}: the last of {len(faults)} bad samples in a row; prepare the data again")
+
+
+def counted(batches: Iterator[Counted], tally: Tally) -> Iterator[Counted]:
+    """The batches, while their samples and faults are counted; DataError once too many were bad."""
+    for batch in batches:
+        tally.add(len(batch) + len(batch.faults), batch.faults)
+        yield batch

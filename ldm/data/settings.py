@@ -1,0 +1,48 @@
+"""What training reads and how, as a recipe states it."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from ldm.config import Config
+from ldm.data.buckets import BucketConfig
+from ldm.data.captions import CaptionConfig
+from ldm.data.transforms import PictureConfig
+
+
+class ReadingConfig(Config):
+    """Batches from shards. `batch_size` is that of the global batch, whatever the number of processes."""
+
+    # A folder, a pattern, or several; for streaming also addresses that WebDataset opens, such as https://….
+    shards: str | tuple[str, ...]
+    # indexed: local tars; each sample once per epoch; the batches are a function of (seed, step) alone.
+    # streaming: an endless stream over shards, also remote ones, when a set is too large to index.
+    mode: Literal["indexed", "streaming"] = "indexed"
+    batch_size: PositiveInt
+    seed: NonNegativeInt = 0
+    # Share of bad samples above which training stops, of the last 1,000 or of the whole set if that is smaller.
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    # How long a batch may take to come from worker processes.
+    timeout_s: PositiveFloat = 120.0
+    # Folder for the indices of the shards; without one they lie beside them.
+    index: Path | None = None
+
+
+class PicturesConfig(ReadingConfig):
+    """Captioned pictures."""
+
+    pictures: PictureConfig
+    captions: CaptionConfig = CaptionConfig()
+    buckets: BucketConfig | None = None
+    # Streaming only: samples, still encoded, among which each reader draws the next one.
+    shuffle_buffer: PositiveInt = 1000
+
+
+class LatentsConfig(ReadingConfig):
+    """Latents and text states that `scripts/cache_latents.py` has written."""
+
+    mode: Literal["indexed"] = "indexed"
+    choice: Literal["first", "any"] = "first"
+    # Probability that the text states become those of the null prompt, for classifier-free guidance.
+    dropout: float = Field(default=0.0, ge=0, le=1)

@@ -1,0 +1,113 @@
+"""Cached latents are what the model makes of the pictures, whichever rank writes them, and are refused for others."""
+
+import itertools
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SCRIPTS
+
+from ldm.bundle import Bundle
+from ldm.data.latents import LatentShards, MadeFrom, weights_digest
+from ldm.data.settings import LatentsConfig
+from ldm.data.shapes import shard_sample
+from ldm.data.shards import read_samples, write_shards
+from ldm.data.transforms import fit
+from ldm.errors import DataError, SettingError
+from ldm.images import to_tensor
+
+SCRIPT = SCRIPTS / "cache_latents.py"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    write_shards([shard_sample(index, 0, 32) for index in range(7)], tmp_path / "pictures", 3, "shapes")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, pictures: Path) -> Callable[..., None]:
+    """scripts/cache_latents.py's main with the tiny model, called with these flags besides."""
+    main = runpy.run_path(str(SCRIPT))["main"]
+
+    def called(*arguments: object) -> None:
+        given = ("--model", tiny_folder, "--data", pictures, "--side", 16, "--batch-size", 2, "--device", "cpu")
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, (*given, *arguments))])
+        main()
+
+    return called
+
+
+def of(bundle: Bundle, side: int = 16) -> MadeFrom:
+    digests = (
+        weights_digest(part.state_dict(), config.model_dump_json())  # type: ignore[attr-defined]
+        for part, config in ((bundle.autoencoder, bundle.config.autoencoder), (bundle.text, bundle.config.text))
+    )
+    return MadeFrom(*digests, side)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+
+
+def test_latents_are_what_the_model_makes_of_the_pictures(
+    cache: Callable[..., None], pictures: Path, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    cache("--output", tmp_path / "latents")
+    source = LatentShards(LatentsConfig(shards=str(tmp_path / "latents"), batch_size=7), of(tiny_bundle))
+    batch = next(source.batches())
+    samples = list(read_samples(pictures, seed=0, shuffle=False, epochs=1))
+    for key, mean, std, states in zip(batch.keys, batch.mean, batch.std, batch.text, strict=True):
+        sample = samples[int(key)]
+        with torch.inference_mode():
+            posterior = tiny_bundle.autoencoder.encode(to_tensor(fit(sample.image, (16, 16)))[None])
+            text = tiny_bundle.text.encode([sample.caption]).tokens[0]
+        torch.testing.assert_close(mean.float(), posterior.mean[0], atol=5e-3, rtol=5e-3)
+        torch.testing.assert_close(std.float(), posterior.std[0], atol=5e-3, rtol=5e-3)
+        torch.testing.assert_close(states.float(), text, atol=5e-3, rtol=5e-3)
+    null = tiny_bundle.text.encode([""]).tokens[0]
+    torch.testing.assert_close(torch.from_numpy(source.null).float(), null.detach(), atol=5e-3, rtol=5e-3)
+
+
+def test_ranks_share_the_work_and_missing_shards_are_made_again(cache: Callable[..., None], tmp_path: Path) -> None:
+    cache("--output", tmp_path / "one")
+    for rank in (1, 0):
+        cache("--output", tmp_path / "two", "--rank", rank, "--world-size", 2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "one")) == 5
+    (tmp_path / "two" / "latents-00001.tar").unlink()
+    untouched = (tmp_path / "two" / "latents-00000.tar").stat().st_mtime_ns
+    cache("--output", tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert (tmp_path / "two" / "latents-00000.tar").stat().st_mtime_ns == untouched
+
+
+def test_latents_of_something_else_are_not_mixed_in(
+    cache: Callable[..., None], pictures: Path, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    cache("--output", tmp_path / "latents")
+    with pytest.raises(DataError, match="made from side 16, expected 32"):
+        cache("--output", tmp_path / "latents", "--side", 32)
+    (pictures / "shapes-00002.tar").unlink()
+    with pytest.raises(DataError, match="latents of other pictures"):
+        cache("--output", tmp_path / "latents")
+    with torch.no_grad():
+        other = MadeFrom("0" * 64, of(tiny_bundle).text, 16)
+    with pytest.raises(DataError, match="made from autoencoder"):
+        LatentShards(LatentsConfig(shards=str(tmp_path / "latents"), batch_size=1), other)
+
+
+def test_captions_can_be_kept_without_states(cache: Callable[..., None], tiny_bundle: Bundle, tmp_path: Path) -> None:
+    cache("--output", tmp_path / "latents", "--no-text", "--bucket-step", 8)
+    made_from = MadeFrom(of(tiny_bundle).autoencoder, "", 16, "8 2")
+    source = LatentShards(LatentsConfig(shards=str(tmp_path / "latents"), batch_size=7), made_from)
+    assert all(batch.text is None for batch in itertools.islice(source.batches(), 2))
+
+
+def test_numbers_that_make_no_sense_are_refused(cache: Callable[..., None], tmp_path: Path) -> None:
+    for flags in (("--side", 0), ("--side", 12), ("--rank", 2), ("--max-aspect", 0), ("--batch-size", 0)):
+        with pytest.raises(SettingError, match=str(flags[0]).strip("-")[:4]):
+            cache("--output", tmp_path / "latents", *flags)
+    assert not (tmp_path / "latents").exists()
