@@ -1,32 +1,38 @@
-"""Train a model from a recipe: one stage, or all of them from nothing to a bundle."""
+"""Train a model from a recipe: one stage, all of them from nothing to a bundle, or an adaptation of a model."""
 
+import fcntl
 import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm.cli import ArgumentParser, run
-from ldm.errors import SettingError
+from ldm.errors import LdmError, MachineError, SettingError
 
 if TYPE_CHECKING:
+    import argparse
+
     from ldm.bundle import Bundle
     from ldm.request import GenerationRequest
-    from ldm.training.latents import Samples
-    from ldm.training.loop import Report
-    from ldm.training.recipe import DataConfig, Recipe
+    from ldm.training.latents import LatentCache
+    from ldm.training.loop import Conduct, Report
+    from ldm.training.recipe import Recipe
+    from ldm.training.record import Record
     from ldm.training.run import Run
 
 EXAMPLES = """examples:
   python scripts/train.py all --config configs/shapes.yaml --run-dir runs/shapes
   python scripts/train.py unet --config configs/shapes.yaml --run-dir runs/shapes unet_training.0.batch_size=16
+  python scripts/train.py lora --config my-lora.yaml --base model.safetensors --run-dir runs/my-lora
+  accelerate launch --num_processes 8 scripts/train.py unet --config configs/sd15.yaml --run-dir runs/sd15
 A stage that is interrupted goes on from its last checkpoint when the same command is given again."""
-STAGES = ("all", "vae", "clip", "unet")
+STAGES = ("all", "vae", "clip", "unet", "lora", "inversion")
 LINE_EVERY_SECONDS = 30.0
-RECIPE = "recipe.yaml"
 
 
 def parser() -> ArgumentParser:
@@ -35,63 +41,120 @@ def parser() -> ArgumentParser:
     made.add_argument("stage", choices=STAGES, help="which stage; all runs what is not finished yet, and then bundles")
     made.add_argument("--config", required=True, type=Path, metavar="FILE", help="the recipe, a YAML file")
     made.add_argument("--run-dir", required=True, type=Path, metavar="FOLDER", help="where products and logs go")
+    made.add_argument("--base", metavar="NAME|PATH", help="the model that gives the parts that are not trained here")
     made.add_argument("--train-data", metavar="GLOB", help="shards to use instead of the recipe's")
+    made.add_argument("--report-to", choices=("tensorboard", "wandb", "none"), help="default: TensorBoard if installed")
+    made.add_argument("--dist-timeout", type=float, default=600.0, metavar="SECONDS", help="how long processes wait")
+    made.add_argument("--allow-world-size-change", action="store_true", help="resume on another number of processes")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     return made
 
 
-def main() -> None:
-    """Check the recipe and the data, then run the stages that are not finished."""
-    args = parser().parse_args()
+def main() -> int:
+    """Check the recipe and the data, then run the stages that are not finished; returns the exit code."""
+    args = parser().parse_intermixed_args()  # overrides may stand before, between and behind flags
     from ldm import config
-    from ldm.training.recipe import DataConfig, Recipe
-
-    recipe = config.load(args.config, Recipe, args.overrides)
-    if args.train_data:
-        data = DataConfig(shards=args.train_data)
-        recipe = recipe.model_copy(update={"data": data})
-    check(recipe, args.run_dir)
-    from ldm.training.checkpoint import save_text
-    from ldm.training.run import Run
-
-    args.run_dir.mkdir(parents=True, exist_ok=True)
-    save_text(args.run_dir / RECIPE, config.dump(recipe))
-    this = Run(recipe, args.run_dir, lambda seed: open_samples(recipe.data, seed))
-    if args.stage in ("all", "vae"):
-        autoencoder(this)
-    if args.stage in ("all", "clip"):
-        clip(this)
-    if args.stage in ("all", "unet"):
-        unet(this)
-    if args.stage == "all":
-        from ldm.training.run import finish
-
-        print(finish(this))
-
-
-def check(recipe: "Recipe", folder: Path) -> None:
-    """Say now what would stop the run later: wrong data, samples that cannot be drawn, another run's folder."""
-    from ldm import config
-    from ldm.models.text import LabelConfig, LabelEncoder
-    from ldm.request import GenerationRequest, resolve
     from ldm.training.recipe import Recipe
 
-    open_samples(recipe.data, 0)
-    resolve(GenerationRequest(prompt="any"), recipe.model)
-    for stage in recipe.unet_training:
-        for prompt in recipe.sample_prompts:
-            resolve(sample_request(prompt, stage.side), recipe.model)
-    if isinstance(recipe.model.text, LabelConfig):
-        LabelEncoder(recipe.model.text).encode(recipe.sample_prompts)
-    if (folder / RECIPE).is_file():
-        before, now = config.load(folder / RECIPE, Recipe).model_dump(), recipe.model_dump()
-        changed = [key for key in now if now[key] != before[key] and not key.startswith("sample_")]
-        if changed:
+    overrides = list(args.overrides)
+    if args.train_data:
+        overrides += ["data.digits=null", f"data.shards={json.dumps(args.train_data)}"]
+    recipe = config.load(args.config, Recipe, overrides)
+    from ldm.training.workers import workers
+
+    me = workers(args.dist_timeout)
+    if not me.main:
+        return conducted(args, recipe)
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    with alone(args.run_dir):
+        return conducted(args, recipe)
+
+
+def conducted(args: "argparse.Namespace", recipe: "Recipe") -> int:
+    """Train until it is done or a signal comes, and leave in status.json how it ended."""
+    import torch
+
+    from ldm.training import signals
+    from ldm.training.loop import Conduct
+    from ldm.training.record import Record, trackers
+    from ldm.training.workers import workers
+
+    me = workers()
+    with signals.caught() as stop:
+        this = opened(args, recipe, Conduct(stop, args.allow_world_size_change))
+        watching = trackers(args.report_to, recipe.name, args.run_dir) if me.main else []
+        record = Record(args.run_dir, me, watching)
+        try:
+            stages(this, args.stage, record)
+        except signals.Stopped as stopped:
+            if me.main:
+                record.status("saved", signal=str(stopped))
+                note(f"stopped by {stopped}; the state is saved: give the same command again to go on")
+            return stopped.exit_code
+        except torch.OutOfMemoryError:
+            record.status("failed", error="out of memory")
+            raise MachineError(
+                "memory: the GPU's is too small for a step; lower micro_batch_size, then set "
+                "gradient_checkpointing=true, precision=bf16, and with several GPUs strategy=fsdp"
+            ) from None
+        except (LdmError, OSError, MemoryError) as error:
+            record.status("failed", error=str(error))
+            raise
+        finally:
+            record.close()
+        if me.main:
+            record.status("finished")
+    return 0
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, which ends with this process however it ends. SettingError if another has it."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise SettingError(
-                f"{folder}: this run began with another recipe, {', '.join(changed)} differ; "
-                "use another --run-dir, or give the first recipe again"
-            )
+                f"{folder}: another run is using this folder; wait for it or give another --run-dir"
+            ) from None
+        yield
+
+
+def opened(args: "argparse.Namespace", recipe: "Recipe", conduct: "Conduct") -> "Run":
+    """The run, once its recipe, base and data are known to be right; raises what would stop it later."""
+    from ldm.bundle import Bundle
+    from ldm.training.continuity import begin
+    from ldm.training.run import Run
+    from ldm.training.source import samples
+
+    base = Bundle.load(args.base) if args.base else None
+    this = Run(recipe, args.run_dir, lambda seed: samples(recipe.data, seed), base, conduct)
+    check(this)
+    begin(this)
+    return this
+
+
+def check(this: "Run") -> None:
+    """Say now what would stop the run later: wrong data, samples that cannot be drawn, batches that do not divide."""
+    from ldm.models.text import LabelConfig, LabelEncoder
+    from ldm.request import GenerationRequest, resolve
+    from ldm.training.optimization import micro_batches
+    from ldm.training.source import samples
+    from ldm.training.workers import workers
+
+    recipe, model = this.recipe, this.model
+    samples(recipe.data, 0)
+    resolve(GenerationRequest(prompt="any"), model)
+    adaptations = (recipe.lora_training, recipe.inversion_training)
+    for stage in (recipe.autoencoder_training, recipe.clip_training, *adaptations, *recipe.unet_training):
+        if stage is not None:
+            micro_batches(stage, workers().world)
+    for diffusion in recipe.unet_training:
+        for prompt in recipe.sample_prompts:
+            resolve(sample_request(prompt, diffusion.side), model)
+    if isinstance(model.text, LabelConfig):
+        LabelEncoder(model.text).encode(recipe.sample_prompts)
 
 
 def sample_request(prompt: str, side: int) -> "GenerationRequest":
@@ -101,92 +164,131 @@ def sample_request(prompt: str, side: int) -> "GenerationRequest":
     return GenerationRequest(prompt=prompt, width=side, height=side, steps=20)
 
 
-def open_samples(data: "DataConfig", seed: int) -> "Samples":
-    """Captioned pictures without end, in an order that is a function of the seed."""
-    if data.digits is not None:
-        from ldm.data.digits import endless
+def stages(this: "Run", stage: str, record: "Record") -> None:
+    """Run one stage, or all that a recipe has, and put their products together."""
+    from ldm.training.stages import finish
+    from ldm.training.workers import workers
 
-        return endless(data.digits, seed)
-    from ldm.data.shards import find_shards, read_samples
+    if stage in ("all", "vae"):
+        autoencoder(this, record)
+    if stage in ("all", "clip"):
+        clip(this, record)
+    if stage in ("all", "unet"):
+        unet(this, record)
+    if stage in ("lora", "inversion"):
+        adapt(this, stage, record)
+    if stage == "all" and workers().main:
+        print(finish(this))
 
-    assert data.shards is not None
-    return read_samples(find_shards(data.shards), seed=seed, shuffle=True, epochs=None)
 
-
-def autoencoder(this: "Run") -> None:
+def autoencoder(this: "Run", record: "Record") -> None:
     """The autoencoder stage, and what it reached."""
-    from ldm.training.run import autoencoder_stage
+    from ldm.training.stages import autoencoder_stage
 
-    for _ in shown(autoencoder_stage(this), this, "autoencoder"):
+    for _ in shown(autoencoder_stage(this), record, "autoencoder"):
         pass
     about = this.product("autoencoder").with_suffix(".json")
-    if about.is_file():
+    if about.is_file() and record.me.main:
         figures = json.loads(about.read_text())
         note(f"autoencoder: PSNR {figures['psnr_db']} dB, preview map R² {figures['preview_r_squared']}")
 
 
-def clip(this: "Run") -> None:
+def clip(this: "Run", record: "Record") -> None:
     """The CLIP stage."""
-    from ldm.training.run import clip_stage
+    from ldm.training.stages import clip_stage
 
-    for _ in shown(clip_stage(this), this, "clip"):
+    for _ in shown(clip_stage(this), record, "clip"):
         pass
 
 
-def unet(this: "Run") -> None:
-    """Cached latents and the UNet, stage by stage."""
-    from ldm.training.latents import LatentCache
-    from ldm.training.run import latents_stage, model_so_far, unet_stage
+def unet(this: "Run", record: "Record") -> None:
+    """Latents and the UNet, stage by stage."""
+    from ldm.training.run import model_so_far
+    from ldm.training.stages import unet_stage
 
     for index, stage in enumerate(this.recipe.unet_training):
-        if this.product(f"unet-{index}").is_file():
+        if this.has(f"unet-{index}"):
             continue
-        for progress in latents_stage(this, index):
-            if isinstance(progress, LatentCache):
-                cache = progress
-            elif progress % 2048 == 0:
-                note(f"latents at {stage.side} px: {progress} of {stage.pictures}")
+        cache = encoded(this, stage.side, stage.pictures, stage.precision == "bf16", record)
         bundle = model_so_far(this)
-        for report in shown(unet_stage(this, index, cache, bundle), this, f"unet-{index}"):
-            if report.step % this.recipe.sample_every == 0 or report.step == report.total:
-                sample_grid(this, bundle, report, f"unet-{index}-{report.step:06d}", stage.side)
+        for report in shown(unet_stage(this, index, cache, bundle), record, f"unet-{index}"):
+            sample(this, bundle, report, f"unet-{index}", stage.side)
 
 
-def sample_grid(this: "Run", bundle: "Bundle", report: "Report", name: str, side: int) -> None:
-    """Draw the recipe's prompts with the averaged weights of this moment."""
+def adapt(this: "Run", stage: str, record: "Record") -> None:
+    """A LoRA of the base's UNet, or a new word for it."""
+    from ldm.training.run import model_so_far
+    from ldm.training.stages import inversion_stage, lora_stage
+
+    config = this.recipe.lora_training if stage == "lora" else this.recipe.inversion_training
+    if config is None:
+        raise SettingError(f"{stage}_training: this recipe has no such section; add one, see docs/training.md")
+    if this.base is None:
+        raise SettingError(f"--base: {stage} needs the model that it adapts; give its name or path")
+    cache = encoded(this, config.side, config.pictures, config.precision == "bf16", record)
+    bundle = model_so_far(this)
+    running = lora_stage(this, cache, bundle) if stage == "lora" else inversion_stage(this, cache, bundle)
+    for report in shown(running, record, stage):
+        if stage == "lora":
+            sample(this, bundle, report, stage, config.side)
+
+
+def encoded(this: "Run", side: int, count: int | None, bf16: bool, record: "Record") -> "LatentCache | None":
+    """The latents of a stage, made where they are not there; None for a stage that encodes as it goes."""
+    from ldm.training.latents import LatentCache
+    from ldm.training.stages import latents_stage
+
+    if count is None:
+        return None
+    for progress in latents_stage(this, side, count, bf16):
+        if isinstance(progress, LatentCache):
+            return progress
+        if this.conduct.stop is not None:
+            this.conduct.stop.check()
+        if progress and progress % 2048 == 0:
+            note(f"latents at {side} px: {progress} of {count}")
+            record.status("encoding", side=side, done=progress, of=count)
+    raise AssertionError("unreachable")
+
+
+def sample(this: "Run", bundle: "Bundle", report: "Report", stage: str, side: int) -> None:
+    """Now and then, draw the recipe's prompts with the averaged weights of this moment."""
     from ldm.images import grid, save_png
     from ldm.pipeline import TextToImage
-    from ldm.training.run import averaged
+    from ldm.training.stages import averaged
 
+    if report.step % this.recipe.sample_every and report.step != report.total:
+        return
+    drawing = averaged(bundle, report)
+    if drawing is None:
+        return
     prompts = this.recipe.sample_prompts
     request = sample_request(prompts[0], side)
-    images = TextToImage(averaged(bundle, report)).draw(prompts, range(len(prompts)), request)
+    images = TextToImage(drawing).draw(prompts, range(len(prompts)), request)
     folder = this.folder / "samples"
     folder.mkdir(exist_ok=True)
-    save_png(grid(images, columns=min(8, len(images))), folder / f"{name}.png", {"prompts": list(prompts)})
+    path = folder / f"{stage}-{report.step:06d}.png"
+    save_png(grid(images, columns=min(8, len(images))), path, {"prompts": list(prompts)})
 
 
-def shown(reports: "Iterator[Report]", this: "Run", stage: str) -> "Iterator[Report]":
-    """The reports, with a progress bar on a terminal, a line now and then elsewhere, and all of them in log.jsonl."""
+def shown(reports: "Iterator[Report]", record: "Record", stage: str) -> "Iterator[Report]":
+    """The reports, all of them recorded, with a progress bar on a terminal and a line now and then elsewhere."""
     from tqdm import tqdm
 
     bar, began, said, first = None, time.monotonic(), 0.0, None
-    with (this.folder / "log.jsonl").open("a", encoding="utf-8", buffering=1) as log:
-        for report in reports:
-            first = first if first is not None else report.step
-            losses = {key: round(value, 5) for key, value in report.losses.items()}
-            row = {"stage": stage, "step": report.step, "seconds": round(time.monotonic() - began, 1), **losses}
-            log.write(json.dumps(row) + "\n")
-            words = " ".join(f"{key} {value:.4f}" for key, value in losses.items())
-            if sys.stderr.isatty():
-                bar = bar or tqdm(total=report.total, initial=report.step - 1, desc=stage, unit="step")
-                bar.set_postfix_str(words, refresh=False)
-                bar.update()
-            elif time.monotonic() - said >= LINE_EVERY_SECONDS or report.step in (1, report.total):
-                said = time.monotonic()
-                left = (said - began) / max(1, report.step - first) * (report.total - report.step)
-                note(f"{stage} {report.step}/{report.total} {words} {report.rate:.1f}/s, {left / 60:.0f} min left")
-            yield report
+    for report in reports:
+        first = first if first is not None else report.step
+        record.step(stage, report)
+        words = " ".join(f"{key} {value:.4f}" for key, value in report.losses.items())
+        if record.me.main and sys.stderr.isatty():
+            bar = bar or tqdm(total=report.total, initial=report.step - 1, desc=stage, unit="step")
+            bar.set_postfix_str(words, refresh=False)
+            bar.update()
+        elif record.me.main and (time.monotonic() - said >= LINE_EVERY_SECONDS or report.step in (1, report.total)):
+            said = time.monotonic()
+            left = (said - began) / max(1, report.step - first) * (report.total - report.step)
+            note(f"{stage} {report.step}/{report.total} {words} {report.rate:.1f}/s, {left / 60:.0f} min left")
+        yield report
     if bar is not None:
         bar.close()
 

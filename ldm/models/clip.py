@@ -43,3 +43,14 @@ class Clip(nn.Module):
         image = nn.functional.normalize(self.image(images).float(), dim=-1)
         _, pooled = self.text(ids)
         return image, nn.functional.normalize(self.text_projection(pooled).float(), dim=-1)
+
+
+def sigmoid_loss(
+    images: Float[Tensor, "b e"], texts: Float[Tensor, "b e"], scale: Float[Tensor, " 1"], bias: Float[Tensor, " 1"]
+) -> Float[Tensor, ""]:
+    """open_clip's SigLIP loss: for every pair whether it belongs together (Zhai et al. 2023, Algorithm 1)."""
+    open_clip_module()
+    from open_clip.loss import SigLipLoss
+
+    loss: Tensor = SigLipLoss()(images, texts, scale, bias)
+    return loss

@@ -1,23 +1,29 @@
-"""The autoencoder's objective: reconstruction without borrowed weights, a small KL term, and equivariance.
+"""The autoencoder's objective: reconstruction, a small KL term, equivariance, and where asked for an adversary.
 
 Losses are sums over an image divided by the number of its values, so that `kl_weight` means what it means in the
 reference implementation (1e-6, relative to sums), whatever the image's size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from ldm.images import to_tensor
+from ldm.diffusion.noise import key
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
+from ldm.models.discriminator import DiscriminatorConfig
 from ldm.nn.layers import ResBlock, zero_init
-from ldm.training.loop import Batch, Losses, OptimizationConfig
+from ldm.training.adversarial import Adversarial, adversarial_losses
+from ldm.training.batch import Batch, Draws
+from ldm.training.loop import Batches
+from ldm.training.optimization import OptimizationConfig
+from ldm.training.perceptual import Lpips
+from ldm.training.source import Pictures
+from ldm.training.update import Losses, Objective
 
 
 class AutoencoderTraining(OptimizationConfig):
@@ -27,7 +33,11 @@ class AutoencoderTraining(OptimizationConfig):
     # Pictures are shrunk to one of these sides before the crop; the autoencoder learns all scales it will meet.
     sides: tuple[PositiveInt, ...] = (256, 128, 64)
     kl_weight: NonNegativeFloat = 1e-6
+    # Error of edges: what stands for a perceptual loss where no weights are given for one.
     gradient_weight: NonNegativeFloat = 1.0
+    # A file with VGG-16 and LPIPS weights (docs/training.md says how it is made); it takes the place of the edges.
+    perceptual: str | None = None
+    perceptual_weight: NonNegativeFloat = 1.0
     # Squared error beside the absolute one: large errors, which are wrong colours, go first.
     squared_weight: NonNegativeFloat = 1.0
     # Of this many random crops, the one with most contrast is taken: flat ground teaches little.
@@ -35,10 +45,18 @@ class AutoencoderTraining(OptimizationConfig):
     # Probability that a batch trains equivariance instead of plain reconstruction (EQ-VAE, 2502.09509).
     equivariance: float = Field(0.5, ge=0, le=1)
 
+    # A network that tells pictures from reconstructions, and teaches the decoder to fool it (2012.09841, Section 3.1).
+    discriminator: DiscriminatorConfig | None = None
+    discriminator_weight: NonNegativeFloat = 0.5
+    # Both learn to know their job first: steps before the decoder hears of the discriminator.
+    discriminator_start: NonNegativeInt = 0
+
     @model_validator(mode="after")
     def _consistent(self) -> "AutoencoderTraining":
         if self.crop > min(self.sides):
             raise ValueError(f"crop {self.crop} is larger than the smallest side, {min(self.sides)}")
+        if self.discriminator is not None and (self.compile or self.strategy == "fsdp"):
+            raise ValueError("a discriminator needs gradients within the step: use compile: false and strategy: ddp")
         return self
 
 
@@ -107,51 +125,73 @@ def gradient_loss(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"], scal
 
 
 def autoencoder_losses(
-    config: AutoencoderTraining, shape: AutoencoderConfig
-) -> Callable[[nn.Module, Batch, torch.Generator], Losses]:
-    """The loss of one batch of images through an autoencoder of that shape."""
+    config: AutoencoderTraining,
+    shape: AutoencoderConfig,
+    perceptual: Lpips | None = None,
+    adversary: Adversarial | None = None,
+) -> Objective:
+    """The loss of one batch of images through an autoencoder of that shape, which `adversary` wraps if there is one."""
 
-    def losses(module: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
-        (image,) = batch
+    def losses(module: nn.Module, batch: Batch, draws: Draws) -> Losses:
+        (image,) = batch.rows
         side = image.shape[-1] // shape.factor
-        scale, turns = 1.0, 0
-        if torch.rand((), generator=generator) < config.equivariance:
-            scale = float(torch.randint(side // 2, side + 1, (), generator=generator)) / side
-            turns = int(torch.randint(0, 4, (), generator=generator))
-        noise = torch.randn(len(image), shape.latent_channels, side, side, generator=generator).to(image.device)
-        output, target, kl = module(image, noise, scale, turns)
+        scale, turns = draws.whole(lambda generator: _transformation(generator, config, side))
+        noise = draws.normal(shape.latent_channels, side, side).to(image.device)
+        output, target, kl, *verdicts = module(image, noise, scale, turns)
         output = output.float()
         error = output - target
         l1, squared = error.abs().mean(), error.square().mean()
-        edges = gradient_loss(output, target)
+        reconstruction = l1 + config.squared_weight * squared
         kl_mean = kl.mean() / image[0].numel()
-        loss = l1 + config.squared_weight * squared + config.gradient_weight * edges + config.kl_weight * kl_mean
-        return {"loss": loss, "l1": l1, "squared": squared, "edges": edges, "kl": kl_mean}
+        values = {"l1": l1, "squared": squared, "kl": kl_mean}
+        if perceptual is not None:
+            values["perceptual"] = perceptual.to(image.device)(output, target).mean()
+            reconstruction = reconstruction + config.perceptual_weight * values["perceptual"]
+        else:
+            values["edges"] = gradient_loss(output, target)
+            reconstruction = reconstruction + config.gradient_weight * values["edges"]
+        values["loss"] = reconstruction + config.kl_weight * kl_mean
+        values["error"] = error.detach().square().mean(dim=(1, 2, 3))
+        if adversary is not None:
+            started = draws.step >= config.discriminator_start
+            weight = config.discriminator_weight if started else 0.0
+            against = adversarial_losses(reconstruction, verdicts, adversary.last_layer, weight)
+            values["loss"] = values["loss"] + against.pop("loss")
+            values |= against
+        return values
 
     return losses
 
 
-def crops(
-    images: Iterator[Image.Image], config: AutoencoderTraining, seed: int
-) -> Iterator[tuple[Float[Tensor, "b 3 crop crop"]]]:
-    """Batches of square crops, each from a picture shrunk to a random one of `config.sides`."""
+def _transformation(generator: torch.Generator, config: AutoencoderTraining, side: int) -> tuple[float, int]:
+    """Scale and quarter turns of a batch's latents, of `side` pixels."""
+    if torch.rand((), generator=generator) >= config.equivariance:
+        return 1.0, 0
+    scale = float(torch.randint(side // 2, side + 1, (), generator=generator)) / side
+    return scale, int(torch.randint(0, 4, (), generator=generator))
+
+
+def crops(pictures: Pictures, config: AutoencoderTraining, seed: int) -> Batches:
+    """Batches of square crops (b 3 crop crop), each from a picture shrunk to a random one of `config.sides`."""
+
+    def batches(start: int) -> Iterator[Batch]:
+        for chosen in pictures(start):
+            seeds = [key(seed, chosen.step, f"crop {chosen.first + i}") for i in range(len(chosen))]
+            images = torch.stack([crop(image, config, own) for image, own in zip(chosen.images, seeds, strict=True)])
+            yield Batch((images.contiguous(memory_format=torch.channels_last),), keys=chosen.keys)
+
+    return batches
+
+
+def crop(image: Float[Tensor, "3 h w"], config: AutoencoderTraining, seed: int) -> Float[Tensor, "3 crop crop"]:
+    """One random crop of a square picture: of `config.crop_candidates`, the one with most contrast."""
     rng = np.random.default_rng(seed)
-    while True:
-        batch = []
-        for _ in range(config.batch_size):
-            image = next(images)
-            side = int(rng.choice(config.sides))
-            if image.size != (side, side):
-                image = image.resize((side, side), Image.Resampling.BOX, reducing_gap=None)
-            candidates = [random_crop(image, config.crop, rng) for _ in range(config.crop_candidates)]
-            batch.append(max(candidates, key=lambda crop: float(crop.std())))
-        yield (torch.stack(batch).contiguous(memory_format=torch.channels_last),)
-
-
-def random_crop(image: Image.Image, side: int, rng: np.random.Generator) -> Float[Tensor, "3 side side"]:
-    """A square of `side` pixels from anywhere in a picture."""
-    left, top = (int(rng.integers(0, whole - side + 1)) for whole in image.size)
-    return to_tensor(image.crop((left, top, left + side, top + side)))
+    side = int(rng.choice(config.sides))
+    if image.shape[1:] != (side, side):
+        image = F.interpolate(image[None], size=(side, side), mode="area")[0]
+    corners = rng.integers(0, side - config.crop + 1, (config.crop_candidates, 2)).tolist()
+    candidates = [image[:, top : top + config.crop, left : left + config.crop] for top, left in corners]
+    return max(candidates, key=lambda candidate: float(candidate.std()))
 
 
 @torch.no_grad()

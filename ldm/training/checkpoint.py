@@ -7,21 +7,23 @@ removed. `MANIFEST.json` holds the sha256 of every file, and the loader takes th
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.bundle import sha256
 from ldm.cli import warn
 from ldm.errors import MachineError, ModelError
-from ldm.training.ema import EMA
+from ldm.formats.export_bundle import sha256
 
 MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+LATEST, BEST = "latest", "best"
+"""Files beside the checkpoints, each with the name of one of them; `latest` is for people, nothing here reads it."""
 
 
 @dataclass(frozen=True)
@@ -52,64 +54,118 @@ def verify_manifest(folder: Path) -> str | None:
     """What is wrong with `folder`, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+        entries = {str(name): (entry["sha256"], entry["bytes"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or torn"
-    for name, entry in files.items():
+    if STATE not in entries:
+        return f"{MANIFEST} is no checkpoint's, it does not list {STATE}"
+    for name, (digest, size) in entries.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size or sha256(path) != digest:
             return f"{name}: sha256 differs"
     return None
 
 
-def save(root: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
-    """Write `checkpoint` as `root/step_XXXXXXXX`, whole or not at all, then remove all but the newest `keep`."""
+def save(root: Path, checkpoint: Checkpoint, keep: int = 2, best: bool = False) -> Path:
+    """Write `checkpoint` as `root/step_XXXXXXXX`, whole or not at all, then remove all but the newest `keep`.
+
+    The one that was last called `best` stays too. Raises MachineError where there is no room for it.
+    """
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(".tmp-*"):
         shutil.rmtree(stale)
     final = root / f"step_{checkpoint.step:08d}"
     temporary = root / f".tmp-{final.name}"
-    temporary.mkdir()
-    for name, tensors in checkpoint.tensors.items():
-        write_tensors(temporary / f"{name}.safetensors", tensors)
-    (temporary / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.numbers}, indent=2))
-    write_manifest(temporary)
-    for path in temporary.iterdir():
-        flush(path)
-    flush(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    flush(root)
-    for old in sorted(root.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
+    try:
+        _write(temporary, checkpoint)
+        if final.exists():  # only where it did not verify: a run never saves a step twice
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        flush(root)
+    except OSError as error:
+        raise MachineError(f"{final}: cannot be written ({error.strerror}); free space and run again") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    save_text(root / LATEST, f"{final.name}\n")
+    if best:
+        save_text(root / BEST, f"{final.name}\n")
+    _prune(root, keep)
     return final
 
 
-def newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint below `root` whose manifest verifies; says which ones it passed over."""
-    for folder in _newest_first(root):
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Everything of a checkpoint, on the disk."""
+    folder.mkdir()
+    for name, tensors in checkpoint.tensors.items():
+        write_tensors(folder / f"{name}.safetensors", tensors)
+    (folder / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.numbers}, indent=2) + "\n")
+    write_manifest(folder)
+    for path in folder.iterdir():
+        flush(path)
+    flush(folder)
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep` and the best one."""
+    best = (root / BEST).read_text().strip() if (root / BEST).is_file() else ""
+    for old in _newest_first(root)[keep:]:
+        if old.name != best:
+            shutil.rmtree(old)
+
+
+def newest(root: Path) -> Path | None:
+    """The newest checkpoint below `root` whose manifest verifies; says which ones it passed over.
+
+    Raises ModelError where there are checkpoints and not one verifies.
+    """
+    folders = _newest_first(root)
+    for folder in folders:
         problem = verify_manifest(folder)
-        if problem is not None:
-            warn(f"{folder}: {problem}; the checkpoint before it is used")
-            continue
-        numbers = json.loads((folder / "state.json").read_text())
-        tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-        return Checkpoint(numbers.pop("step"), tensors, numbers)
+        if problem is None:
+            return folder
+        warn(f"{folder}: {problem}; the checkpoint before it is used")
+    if folders:
+        raise ModelError(
+            f"{root}: not one of its {len(folders)} checkpoints is whole; copy them again, or delete them to begin anew"
+        )
     return None
 
 
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder that was verified."""
+    numbers = json.loads((folder / STATE).read_text())
+    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    return Checkpoint(numbers.pop("step"), tensors, numbers)
+
+
 def _newest_first(root: Path) -> list[Path]:
-    return sorted(root.glob("step_*"), reverse=True)
+    return sorted(root.glob(f"step_{'[0-9]' * 8}"), reverse=True)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def check_space(folder: Path, needed: int) -> None:
+    """Raise MachineError where the disk of `folder`, which may not exist yet, has less than `needed` bytes left."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise MachineError(
+            f"{folder}: checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free space or lower keep"
+        )
+
+
+# Single files ---------------------------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write_tensors(temporary, tensors)
-    flush(temporary)
-    os.replace(temporary, path)
+    try:
+        write_tensors(temporary, tensors, metadata)
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_text(path: Path, text: str) -> None:
@@ -120,10 +176,14 @@ def save_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file of contiguous copies on the CPU. Raises MachineError where it cannot be written."""
     try:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+            path,
+            dict(metadata) if metadata else None,
+        )
     except SafetensorError as error:
         raise MachineError(f"{path}: cannot be written ({error}); free space on the disk and run again") from None
 
@@ -134,22 +194,3 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ModelError(f"{path}: torn ({error}); delete it and run the same command again") from None
-
-
-def capture(step: int, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> Checkpoint:
-    """The state of a run after `step` updates."""
-    state = optimizer.state_dict()["state"]
-    moments = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
-    tensors = {"model": dict(module.state_dict()), "ema": ema.state(), "optimizer": moments}
-    return Checkpoint(step, tensors, {"ema_updates": ema.updates})
-
-
-def restore(checkpoint: Checkpoint, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
-    """Put a captured state back, exactly."""
-    module.load_state_dict(checkpoint.tensors["model"])
-    ema.load(checkpoint.tensors["ema"], checkpoint.numbers["ema_updates"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in checkpoint.tensors["optimizer"].items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

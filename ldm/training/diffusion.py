@@ -1,31 +1,58 @@
-"""The UNet's objective: the squared error of its prediction on cached latents (or pictures, in pixel space)."""
+"""The UNet's objective: the squared error of its prediction on latents (or pictures, in pixel space)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
-from torch import nn
+from jaxtyping import Float
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
 
+from ldm.data.latents import LatentShards
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.model_config import ModelConfig
+from ldm.models.text import TextEncoder
+from ldm.training.batch import Batch, Draws, step_generator
 from ldm.training.latents import LatentCache
-from ldm.training.loop import Batch, Losses, OptimizationConfig, step_generator
+from ldm.training.loop import Batches
+from ldm.training.optimization import OptimizationConfig
+from ldm.training.source import Pictures
+from ldm.training.update import Losses, Objective
+from ldm.training.workers import workers
 
 
 class DiffusionTraining(OptimizationConfig):
     """One stage of the UNet; stages follow one another, the first at a lower resolution."""
 
-    # Side of the pictures in pixels, and how many of them are encoded.
+    # Side of the pictures in pixels.
     side: PositiveInt
-    pictures: PositiveInt
+    # Where latents come from: so many pictures are encoded once and kept in memory; or shards that
+    # scripts/cache_latents.py has written are read; or, with neither, every batch is encoded when it is used.
+    pictures: PositiveInt | None = None
+    latents: str | None = None
     # Probability that a prompt is replaced by the null prompt, for classifier-free guidance.
     caption_dropout: float = Field(0.1, ge=0, le=1)
+    # How errors at different noise levels count; by default as they are. `debiased` teaches more at high noise, which
+    # decides what is where.
     min_snr_gamma: PositiveFloat | None = None
+    debiased: bool = False
+    # Noise that is the same at every pixel, beside the other: lets the mean brightness be learned, which one pixel's
+    # noise hides from networks of schedules that do not end in pure noise. 0.05 to 0.1 is usual.
+    offset_noise: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "DiffusionTraining":
+        if self.pictures is not None and self.latents is not None:
+            raise ValueError("give pictures or latents, not both")
+        if self.min_snr_gamma is not None and self.debiased:
+            raise ValueError("give min_snr_gamma or debiased, not both")
+        return self
 
 
-def latent_batches(cache: LatentCache, config: DiffusionTraining, seed: int) -> Callable[[int], Iterator[Batch]]:
-    """Batches of (mean, std, text states, null states) from any step on: order = permutation(seed, epoch)."""
+def latent_batches(cache: LatentCache, config: DiffusionTraining, seed: int) -> Batches:
+    """Batches of (mean, std, text states), and null states, from any step on: order = permutation(seed, epoch)."""
+    mine = workers().share(config.batch_size)
 
     def batches(start: int) -> Iterator[Batch]:
         step = start
@@ -36,29 +63,64 @@ def latent_batches(cache: LatentCache, config: DiffusionTraining, seed: int) -> 
                 epoch = step // per_epoch
                 order = torch.randperm(len(cache), generator=step_generator(seed, epoch))
             position = (step % per_epoch) * config.batch_size
-            chosen = order[position : position + config.batch_size]
-            yield cache.mean[chosen], cache.std[chosen], cache.states[cache.caption[chosen]], cache.states[-1:]
+            chosen = order[position : position + config.batch_size][mine]
+            rows = cache.mean[chosen], cache.std[chosen], cache.states[cache.caption[chosen]]
+            yield Batch(rows, (cache.states[-1:],), tuple(f"picture {i}" for i in chosen.tolist()))
             step += 1
 
     return batches
 
 
-def diffusion_losses(
-    model: ModelConfig, schedule: NoiseSchedule, config: DiffusionTraining
-) -> Callable[[nn.Module, Batch, torch.Generator], Losses]:
+def encoded_batches(
+    pictures: Pictures, config: DiffusionTraining, autoencoder: Autoencoder, text: TextEncoder, device: torch.device
+) -> Batches:
+    """The same from pictures that are encoded when they are used, by networks that do not learn, on `device`."""
+
+    @torch.no_grad()
+    def encoded(images: Float[Tensor, "b c h w"], captions: tuple[str, ...], null: Tensor) -> Batch:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            posterior = autoencoder.encode(images.to(device).contiguous(memory_format=torch.channels_last))
+        return Batch((posterior.mean, posterior.std, text.encode(captions).tokens), (null,))
+
+    def batches(start: int) -> Iterator[Batch]:
+        with torch.no_grad():
+            null = text.encode([""]).tokens
+        for chosen in pictures(start):
+            batch = encoded(chosen.images, chosen.captions, null)
+            yield Batch(batch.rows, batch.shared, chosen.keys)
+
+    return batches
+
+
+def shard_batches(source: LatentShards, read_ahead: int) -> Batches:
+    """The same from latents in shards, of `read_ahead` processes that read while this one trains."""
+    assert source.null is not None
+    null, me = torch.from_numpy(source.null)[None], workers()
+
+    def batches(start: int) -> Iterator[Batch]:
+        for chosen in source.batches(start, me.rank, me.world, read_ahead):
+            assert chosen.text is not None
+            yield Batch((chosen.mean, chosen.std, chosen.text), (null,), chosen.keys)
+
+    return batches
+
+
+def diffusion_losses(model: ModelConfig, schedule: NoiseSchedule, config: DiffusionTraining) -> Objective:
     """The loss of one batch: a latent from its posterior, t uniform over all timesteps, the prompt dropped at times."""
 
-    def losses(network: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
-        mean, std, text, null = batch
-        device = mean.device
-        x0 = mean.float() + std.float() * torch.randn(mean.shape, generator=generator).to(device)
-        noise = torch.randn(mean.shape, generator=generator).to(device)
-        t = torch.randint(0, len(schedule), (len(mean),), generator=generator).to(device)
-        dropped = (torch.rand(len(mean), generator=generator) < config.caption_dropout).to(device)
+    def losses(network: nn.Module, batch: Batch, draws: Draws) -> Losses:
+        (mean, std, text), (null,) = batch.rows, batch.shared
+        device, shape = mean.device, mean.shape[1:]
+        x0 = mean.float() + std.float() * draws.normal(*shape).to(device)
+        noise = draws.normal(*shape).to(device)
+        t = draws.integers(len(schedule)).to(device)
+        dropped = (draws.uniform() < config.caption_dropout).to(device)
+        if config.offset_noise:
+            noise = noise + config.offset_noise * draws.normal(shape[0], 1, 1).to(device)
         text = torch.where(dropped[:, None, None], null, text).float()
         x0 = x0.contiguous(memory_format=torch.channels_last)
         denoiser = Denoiser(network, schedule, model.prediction)
-        error = denoiser.loss(x0, noise, t, text, config.min_snr_gamma)
-        return {"loss": error.mean()}
+        error = denoiser.loss(x0, noise, t, text, config.min_snr_gamma, config.debiased)
+        return {"loss": error.mean(), "error": error, "timestep": t}
 
     return losses

@@ -1,50 +1,40 @@
-"""The one training loop, a generator: the caller's loop body is the visible list of side effects."""
+"""The one training loop, a generator: the caller's loop body is the visible list of side effects.
+
+A run is a function of (config, seed, step): interrupted and resumed it ends bit for bit as one that was not, and the
+number of processes changes nothing but rounding.
+"""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ldm.cli import warn
-from ldm.config import Config
-from ldm.errors import NotFiniteError
+from ldm.diffusion.noise import key
+from ldm.errors import SettingError
 from ldm.training import checkpoint
-from ldm.training.ema import EMA
+from ldm.training.batch import Batch, Draws
+from ldm.training.fault import told
+from ldm.training.optimization import OptimizationConfig, learning_rate, micro_batches
+from ldm.training.parallel import keep_activations, placed, runnable
+from ldm.training.signals import Stopped, StopRequest
+from ldm.training.state import Trainee, averaged_weights, capture, gradient_groups, restore, trainee, whole
+from ldm.training.update import Losses, Objective, Update
+from ldm.training.workers import Workers, workers
 
-MAX_BAD_STEPS = 5
-
-
-class OptimizationConfig(Config):
-    """How long and how fast one stage learns (AdamW; rate: linear warm-up, constant, linear decay to zero)."""
-
-    steps: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    warmup_steps: NonNegativeInt = 100
-    # The last part of the run, as a fraction of its steps, over which the learning rate falls to zero.
-    decay: float = Field(0.5, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: NonNegativeFloat = 0.01
-    max_grad_norm: PositiveFloat = 1.0
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    # bf16: autocast over fp32 weights.
-    precision: Literal["no", "bf16"] = "bf16"
-    # torch.compile: needs a C++ compiler on CPU, takes minutes once, and then runs up to 1.4× as fast.
-    compile: bool = False
-    save_every: PositiveInt = 500
+Batches = Callable[[int], Iterator[Batch]]
+"""This process's parts of the global batches, from a step on."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one training step did. `step` counts from 1 to `total`; `rate` is samples per second."""
+    """What one training step did. `step` counts from 1 to `total`; `rate` is samples per second.
+
+    `averages()` gives the averaged weights of this moment, by name, on the CPU; every process must ask.
+    """
 
     step: int
     total: int
@@ -52,90 +42,115 @@ class Report:
     learning_rate: float
     grad_norm: float
     rate: float
-    ema: EMA
+    skipped: int
+    averages: Callable[[], dict[str, Tensor]]
 
 
-Losses = dict[str, Tensor]
-Batch = tuple[Any, ...]
+@dataclass(frozen=True)
+class Conduct:
+    """How a run may be stopped and resumed."""
 
-
-def learning_rate(step: int, config: OptimizationConfig) -> float:
-    """The learning rate of update `step` (from 0): a pure function of the step, so that a resumed run agrees."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    decay_steps = max(1, round(config.decay * config.steps))
-    return config.learning_rate * warm * min(1.0, (config.steps - step) / decay_steps)
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """Randomness of one training step, a function of (seed, step) alone."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    stop: StopRequest | None = None
+    # On another number of processes the same batches follow, and sums are rounded differently.
+    allow_world_size_change: bool = False
 
 
 def train(
     module: nn.Module,
-    losses: Callable[[nn.Module, Batch, torch.Generator], Losses],
-    batches: Callable[[int], Iterator[Batch]],
+    objective: Objective,
+    batches: Batches,
     config: OptimizationConfig,
     folder: Path,
     seed: int,
+    conduct: Conduct = Conduct(),
+    clip_apart: tuple[str, ...] = (),
 ) -> Iterator[Report]:
     """Train `module` in place, from the newest checkpoint in `folder`; it ends with the averaged weights, on the CPU.
 
-    `losses(module, batch, generator)` returns named scalars; the one named "loss" is minimised.
-    `batches(step)` gives the batches from that step on. Yields a Report after every update.
-    Raises NotFiniteError when MAX_BAD_STEPS updates in a row have to be skipped.
+    The gradients of parameters whose names begin with one of `clip_apart` are clipped by themselves. Yields a Report
+    after every update. Raises NotFiniteError when too many updates in a row have to be left out, and Stopped, after
+    the state is saved, when a signal asked for it.
     """
-    accelerator = Accelerator()
-    device = accelerator.device
-    module.to(device).train()
-    ema = EMA(module, config.ema_decay)
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
-    start = 0
-    saved = checkpoint.newest(folder)
-    if saved is not None:
-        checkpoint.restore(saved, module, ema, optimizer)
-        start = saved.step
-    runnable = compiled(module) if config.compile else module
-    bad = 0
-    source = batches(start)
+    me = workers()
+    parts = micro_batches(config, me.world)
+    learner = trainee(placed(module, config, me), config)
+    start = resume(learner, folder, me, conduct)
+    if start < config.steps:
+        checkpoint.check_space(folder, (config.keep + 1) * learner.size())
+        network, groups = runnable(learner.module, config, me), gradient_groups(learner, clip_apart)
+        update, source = Update(learner, network, objective, config, parts, groups, me), batches(start)
     for step in range(start, config.steps):
         began = time.perf_counter()
-        batch = tuple(item.to(device) if isinstance(item, Tensor) else item for item in next(source))
-        rate = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            values = losses(runnable, batch, step_generator(seed, step))
-        accelerator.backward(values["loss"])
-        norm = float(accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm))
-        if math.isfinite(norm):
-            optimizer.step()
-            ema.update(module)
-            bad = 0
+        torch.manual_seed(key(seed, step, f"rank {me.rank}"))  # for what draws by itself: dropout
+        batch = next(source).to(me.device)
+        buffers = [buffer.clone() for buffer in learner.module.buffers()]
+        values = update.gradients(batch, Draws(seed, step, config.batch_size))
+        norm, rate = update.clip(), learning_rate(step, config)
+        scalars, signal = heard(values, me, conduct)
+        if math.isfinite(norm) and math.isfinite(scalars["loss"]):
+            update.take(rate, scalars["loss"])
         else:
-            bad += 1
-            warn(f"step {step + 1}: the gradient is not finite; this update is skipped")
-        optimizer.zero_grad(set_to_none=True)
-        if bad >= MAX_BAD_STEPS:
-            raise NotFiniteError(
-                f"step {step + 1}: {bad} updates in a row were not finite; lower the learning rate, "
-                f"the checkpoint before them is kept in {folder}"
-            )
+            update.leave_out(buffers, f"step {step + 1}: {told(me, batch, values)}")
+        learner.optimizer.zero_grad(set_to_none=True)
         done = step + 1
-        if bad == 0 and (done % config.save_every == 0 or done == config.steps):
-            checkpoint.save(folder, checkpoint.capture(done, module, ema, optimizer))
-        seconds = time.perf_counter() - began
-        scalars = {name: float(value.detach()) for name, value in values.items()}
-        yield Report(done, config.steps, scalars, rate, norm, config.batch_size / seconds, ema)
-    ema.copy_to(module)
+        due = learner.bad == 0 and (done % config.save_every == 0 or done == config.steps)
+        if due or signal:
+            save(done, learner, folder, config, me, due)
+        if signal and done < config.steps:
+            raise Stopped(signal)
+        speed = config.batch_size / (time.perf_counter() - began)
+        yield Report(done, config.steps, scalars, rate, norm, speed, learner.skipped, lambda: averaged_weights(learner))
+    finish(module, learner)
+
+
+def heard(values: list[Losses], me: Workers, conduct: Conduct) -> tuple[dict[str, float], int]:
+    """The mean of every scalar loss and the signal that asks to stop, if any: the same in all processes."""
+    scalars = (name for name, value in values[0].items() if value.dim() == 0)
+    names = sorted(scalars, key=lambda name: (name != "loss", name))
+    means = [sum(float(value[name].detach()) for value in values) / len(values) for name in names]
+    own = conduct.stop.number if conduct.stop else 0
+    *means, any_signal = me.mean([*means, float(own)])
+    return dict(zip(names, means, strict=True)), max(me.gathered(own)) if any_signal else 0
+
+
+def resume(learner: Trainee, folder: Path, me: Workers, conduct: Conduct) -> int:
+    """Restore the newest checkpoint in `folder`, which the main process chooses; returns how many steps are done."""
+    found = me.agreed(checkpoint.newest(folder) if me.main else None)
+    if found is None:
+        return 0
+    saved = checkpoint.read(found)
+    before = saved.numbers["world"]
+    if before != me.world and not conduct.allow_world_size_change:
+        raise SettingError(
+            f"{found}: saved by {before} processes, now there are {me.world}; start as many, or add "
+            "--allow-world-size-change: the same batches follow, sums are rounded differently"
+        )
+    restore(saved, learner)
+    return saved.step
+
+
+def save(done: int, learner: Trainee, folder: Path, config: OptimizationConfig, me: Workers, due: bool) -> None:
+    """Write the state after `done` steps; where it is `due`, the window of losses ends here and may be the best."""
+    best = False
+    if due:
+        total, count = learner.window
+        mean = total / count if count else math.inf
+        best = config.keep_best and mean < learner.best
+        learner.best, learner.window = min(mean, learner.best), [0.0, 0.0]
+    state = capture(done, learner, me.world)
+    if me.main:
+        checkpoint.save(folder, state, config.keep, best)
+
+
+def finish(module: nn.Module, learner: Trainee) -> None:
+    """Leave the averaged weights in the caller's module, which is whole, on the CPU and in evaluation mode."""
+    averages = averaged_weights(learner)
+    if learner.module is not module:
+        state = learner.kept()
+        module.load_state_dict({name: whole(state[name]) for name in state}, strict=False)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in averages:
+                parameter.copy_(averages[name])
+    keep_activations(module)
     module.to("cpu").eval()
-
-
-def compiled(module: nn.Module) -> nn.Module:
-    """`module` behind torch.compile, or itself, with a warning, on a machine without a compiler."""
-    if not torch.cuda.is_available() and shutil.which("g++") is None:
-        warn("compile: no C++ compiler (g++) found; training runs uncompiled, which takes longer")
-        return module
-    return torch.compile(module, dynamic=False)  # type: ignore[return-value]

@@ -1,6 +1,6 @@
 """A recipe is one YAML file: the model, the data, and every stage from nothing to a bundle."""
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from ldm.config import Config
 from ldm.models.clip import ClipConfig
@@ -8,32 +8,35 @@ from ldm.models.model_config import ModelConfig
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.clip import ClipTraining
 from ldm.training.diffusion import DiffusionTraining
-
-
-class DataConfig(Config):
-    """Where captioned pictures come from: WebDataset shards (a glob), or the digits of `ldm.data.digits`."""
-
-    shards: str | None = None
-    # A folder with MNIST's IDX files; without them, scikit-learn's own small digits.
-    digits: str | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "DataConfig":
-        if (self.shards is None) == (self.digits is None):
-            raise ValueError("give either shards or digits")
-        return self
+from ldm.training.inversion import InversionTraining
+from ldm.training.lora import LoraTraining
+from ldm.training.source import DataConfig
 
 
 class Recipe(Config):
-    """Everything `scripts/train.py` needs. A stage that a model does not have is left out."""
+    """Everything `scripts/train.py` needs. A stage that a model does not have is left out.
+
+    Without a model the one that `--base` names is meant.
+    """
 
     name: str
-    seed: int = 0
+    seed: NonNegativeInt = 0
     data: DataConfig
-    model: ModelConfig
+    model: ModelConfig | None = None
     clip: ClipConfig | None = None
     autoencoder_training: AutoencoderTraining | None = None
     clip_training: ClipTraining | None = None
-    unet_training: tuple[DiffusionTraining, ...] = Field(min_length=1)
+    unet_training: tuple[DiffusionTraining, ...] = ()
+    # The UNet begins as that of `--base`, whose shape it has, instead of anew.
+    fine_tune: bool = False
+    lora_training: LoraTraining | None = None
+    inversion_training: InversionTraining | None = None
     sample_prompts: tuple[str, ...] = Field(min_length=1)
     sample_every: PositiveInt = 1000
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> "Recipe":
+        trained = (self.autoencoder_training, self.clip_training, self.lora_training, self.inversion_training)
+        if not any((*trained, *self.unet_training)):
+            raise ValueError("nothing is trained: give a section such as unet_training")
+        return self

@@ -1,0 +1,77 @@
+"""A run that is taken up again is still the same run: its recipe, its base and its data are held against the first."""
+
+import hashlib
+import json
+
+from ldm import config
+from ldm.cli import warn
+from ldm.errors import ModelError, SettingError
+from ldm.training.checkpoint import save_text
+from ldm.training.recipe import Recipe
+from ldm.training.run import Run, network_digest
+from ldm.training.workers import workers
+
+RECIPE, BASE = "recipe.yaml", "base.json"
+# What may change on the way: how fast and how visibly, and how fast from now on is learned. Everything else would make
+# the run another one than its name says.
+FREE = (
+    *("sample_prompts", "sample_every", "micro_batch_size", "compile", "gradient_checkpointing", "strategy"),
+    *("save_every", "keep", "keep_best", "learning_rate", "steps", "workers", "timeout_s", "index"),
+)
+
+
+def begin(run: Run) -> None:
+    """Note what the run is made from, or compare it with what was noted when it began.
+
+    What is free to change is said. Raises SettingError for another recipe and ModelError for another base.
+    """
+    if not workers().main:
+        return
+    path = run.folder / RECIPE
+    if path.is_file():
+        compare(flat(config.load(path, Recipe).model_dump(mode="json")), flat(run.recipe.model_dump(mode="json")), run)
+    save_text(path, config.dump(run.recipe))
+    about = base_of(run)
+    path = run.folder / BASE
+    if path.is_file() and (before := json.loads(path.read_text())) != about:
+        raise ModelError(
+            f"--base: this run began with {before['name'] or 'none'} (sha256 {before['sha256'] or '-'}), now it is "
+            f"{about['name'] or 'none'} (sha256 {about['sha256'] or '-'}); give the first again, or another --run-dir"
+        )
+    save_text(path, json.dumps(about, indent=2) + "\n")
+
+
+def base_of(run: Run) -> dict[str, str]:
+    """What the base is called, and a name for its networks that does not change with the format they lie in."""
+    if run.base is None:
+        return {"name": "", "sha256": ""}
+    parts = "/".join(network_digest(run.base, part) for part in ("autoencoder", "text", "unet"))
+    return {"name": run.base.name, "sha256": hashlib.sha256(parts.encode()).hexdigest()}
+
+
+def compare(before: dict[str, object], now: dict[str, object], run: Run) -> None:
+    """Say which values are others than before. Raises SettingError for the first that may not be."""
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if not any(part in FREE for part in name.split(".")):
+            raise SettingError(
+                f"{run.folder}: this run began with another recipe, {name} was {old} and is {new}; "
+                "use another --run-dir, or give the first recipe again"
+            )
+        warn(f"{name} was {old} and is {new} from here on")
+
+
+def flat(values: object, name: str = "") -> dict[str, object]:
+    """Nested values by dotted name."""
+    if isinstance(values, dict):
+        items = [(str(key), value) for key, value in values.items()]
+    elif isinstance(values, list):
+        items = [(str(index), value) for index, value in enumerate(values)]
+    else:
+        return {name: values}
+    found: dict[str, object] = {}
+    for key, value in items:
+        found |= flat(value, f"{name}.{key}" if name else key)
+    return found

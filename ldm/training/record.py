@@ -1,0 +1,91 @@
+"""What a run leaves to be looked at: every step in log.jsonl, TensorBoard or W&B, and status.json for programs."""
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+
+from ldm.cli import warn
+from ldm.errors import SettingError
+from ldm.training.checkpoint import save_text
+from ldm.training.loop import Report
+from ldm.training.workers import Workers
+
+STATUS_EVERY_SECONDS = 10.0
+Reporter = Literal["tensorboard", "wandb", "none"]
+
+
+def trackers(chosen: Reporter | None, name: str, folder: Path) -> list[GeneralTracker]:
+    """The tracker that was asked for, running; by default TensorBoard, where it is installed.
+
+    Raises SettingError for one that is asked for and not installed.
+    """
+    if chosen == "none" or (chosen is None and importlib.util.find_spec("tensorboard") is None):
+        return []
+    kind = chosen or "tensorboard"
+    if importlib.util.find_spec(kind) is None:
+        raise SettingError(f"--report-to: {kind} is not installed; pip install '.[{kind}]', or leave the flag out")
+    tracker = WandBTracker(name) if kind == "wandb" else TensorBoardTracker("tensorboard", folder)
+    try:
+        tracker.start()
+    except OSError as error:
+        warn(f"{folder}: {kind} cannot write there ({error.strerror}); training goes on without it")
+        return []
+    return [tracker]
+
+
+class Record:
+    """The log of a run, kept by its main process; a log that cannot be written is no reason to end."""
+
+    def __init__(self, folder: Path, me: Workers, watching: Sequence[GeneralTracker] = ()) -> None:
+        self.folder = folder
+        self.me = me
+        self.watching = watching
+        self._said = -STATUS_EVERY_SECONDS
+        self._began: dict[str, tuple[float, int]] = {}
+
+    def step(self, stage: str, report: Report) -> None:
+        """Write down one step."""
+        if not self.me.main:
+            return
+        numbers = {
+            **{name: round(value, 6) for name, value in report.losses.items()},
+            "learning_rate": report.learning_rate,
+            "grad_norm": round(report.grad_norm, 5),
+            "rate": round(report.rate, 2),
+            "skipped": report.skipped,
+        }
+        self._append({"stage": stage, "step": report.step, "time": round(time.time(), 1), **numbers})
+        for tracker in self.watching:
+            tracker.log({f"{stage}/{name}": value for name, value in numbers.items()}, step=report.step)
+        if time.monotonic() - self._said >= STATUS_EVERY_SECONDS or report.step == report.total:
+            began, first = self._began.setdefault(stage, (time.monotonic(), report.step))
+            pace = (time.monotonic() - began) / max(1, report.step - first)
+            left = round(pace * (report.total - report.step))
+            self.status("training", stage=stage, step=report.step, total=report.total, seconds_left=left, **numbers)
+
+    def status(self, state: str, **facts: Any) -> None:
+        """Say in status.json what the run is doing: training, saved, failed or finished."""
+        self._said = time.monotonic()
+        about = {"state": state, "rank": self.me.rank, "world": self.me.world, "pid": os.getpid()}
+        try:
+            save_text(self.folder / "status.json", json.dumps({**about, "time": time.time(), **facts}, indent=2) + "\n")
+        except OSError as error:
+            warn(f"{self.folder}/status.json: {error.strerror}; training goes on")
+
+    def _append(self, row: dict[str, Any]) -> None:
+        try:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            warn(f"{self.folder}/log.jsonl: {error.strerror}; this step is not in it")
+
+    def close(self) -> None:
+        """End what watches."""
+        for tracker in self.watching:
+            tracker.finish()

@@ -1,0 +1,278 @@
+"""The stages of a run: autoencoder → CLIP → latents → UNet → bundle, or an adaptation of a model that is there.
+
+Every stage is a generator that reports as it goes and leaves its product in the run's folder; a stage that has left
+its product is over at once when it is started again. All processes go through it; the main one writes.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm.bundle import Bundle
+from ldm.data.latents import MadeFrom
+from ldm.errors import SettingError
+from ldm.images import to_tensor
+from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
+from ldm.models.clip import Clip
+from ldm.models.discriminator import PatchDiscriminator
+from ldm.models.text import ClipTextConfig, ClipTextEncoder
+from ldm.models.unet import UNet
+from ldm.nn.layers import channels_last
+from ldm.training import latents
+from ldm.training.adversarial import Adversarial
+from ldm.training.autoencoder import (
+    AutoencoderTraining,
+    Reconstruction,
+    autoencoder_losses,
+    crops,
+    fit_statistics,
+    initialise,
+    psnr,
+)
+from ldm.training.checkpoint import load_tensors, save_tensors, save_text
+from ldm.training.clip import Contrast, clip_losses, normalise_globally, pairs
+from ldm.training.diffusion import (
+    DiffusionTraining,
+    diffusion_losses,
+    encoded_batches,
+    latent_batches,
+    shard_batches,
+)
+from ldm.training.inversion import Inversion, save_word, worded
+from ldm.training.latents import LatentCache
+from ldm.training.loop import Batches, Report, train
+from ldm.training.lora import adapt, merge, save_lora
+from ldm.training.perceptual import Lpips
+from ldm.training.run import Run, digest, model_so_far, network_digest
+from ldm.training.source import latent_shards
+from ldm.training.workers import workers
+
+STATISTICS_PICTURES = 256
+LOOK_EVERY_SECONDS = 1.0
+
+
+def keep(run: Run, name: str, module: nn.Module) -> None:
+    """Leave a finished module as a product; no process goes on before it is there."""
+    if workers().main:
+        save_tensors(run.product(name), dict(module.state_dict()))
+    workers().wait()
+
+
+def autoencoder_stage(run: Run) -> Iterator[Report]:
+    """Train the KL autoencoder; leaves its weights, and its statistics, preview map and PSNR in autoencoder.json."""
+    config, shape = run.recipe.autoencoder_training, run.model.autoencoder
+    if config is None or not isinstance(shape, AutoencoderConfig) or run.has("autoencoder"):
+        return
+    torch.manual_seed(run.recipe.seed)
+    autoencoder = channels_last(KLAutoencoder(shape))
+    initialise(autoencoder)
+    module, adversary = with_adversary(autoencoder, config, shape)
+    perceptual = Lpips.load(config.perceptual) if config.perceptual is not None else None
+    yield from train(
+        module,
+        autoencoder_losses(config, shape, perceptual, adversary),
+        crops(run.pictures(config.batch_size, max(config.sides), run.recipe.seed), config, run.recipe.seed),
+        config,
+        run.checkpoints("autoencoder"),
+        run.recipe.seed,
+        run.conduct,
+        clip_apart=("discriminator.",) if adversary is not None else (),
+    )
+    if workers().main:
+        describe(run, autoencoder)
+    keep(run, "autoencoder", autoencoder)
+
+
+def with_adversary(
+    autoencoder: KLAutoencoder, config: AutoencoderTraining, shape: AutoencoderConfig
+) -> tuple[nn.Module, Adversarial | None]:
+    """What is trained: the autoencoder, beside a discriminator where the recipe has one."""
+    reconstruction = Reconstruction(autoencoder)
+    if config.discriminator is None:
+        return reconstruction, None
+    discriminator = PatchDiscriminator(config.discriminator, shape.image_channels)
+    last_layer = autoencoder.decoder.conv_out.weight
+    assert isinstance(last_layer, nn.Parameter)
+    adversary = Adversarial(reconstruction, discriminator, last_layer)
+    return adversary, adversary
+
+
+def describe(run: Run, autoencoder: KLAutoencoder) -> None:
+    """Measure a trained autoencoder on pictures of the data, and write down its config with what was found."""
+    pictures = run.samples(-1)
+    images = torch.stack([to_tensor(next(pictures)[0]) for _ in range(STATISTICS_PICTURES)])
+    fitted, r_squared = fit_statistics(autoencoder, images)
+    about = {
+        "psnr_db": round(psnr(autoencoder, images[:64]), 2),
+        "preview_r_squared": round(r_squared, 4),
+        "config": fitted.model_dump(mode="json"),
+    }
+    save_text(run.product("autoencoder").with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+
+
+def clip_stage(run: Run) -> Iterator[Report]:
+    """Train CLIP; leaves the text tower, and the whole model for evaluation."""
+    config, shape, text = run.recipe.clip_training, run.recipe.clip, run.model.text
+    if config is None or shape is None or not isinstance(text, ClipTextConfig) or run.has("text"):
+        return
+    torch.manual_seed(run.recipe.seed)
+    clip = Clip(shape, text)
+    normalise_globally(clip)
+    yield from train(
+        Contrast(clip, config),
+        clip_losses(config),
+        pairs(run.pictures(config.batch_size, shape.image_size, run.recipe.seed), clip),
+        config,
+        run.checkpoints("clip"),
+        run.recipe.seed,
+        run.conduct,
+    )
+    keep(run, "clip", clip)
+    keep(run, "text", clip.text)
+
+
+def latents_stage(run: Run, side: int, count: int, bf16: bool) -> Iterator[int | LatentCache]:
+    """Encode `count` pictures at `side` pixels; yields how many are done, and last the cache.
+
+    The main process encodes; the others wait for its file.
+    """
+    bundle = model_so_far(run)
+    source: dict[str, object] = {
+        name: str(run.product(name).stat().st_mtime_ns)
+        for name in ("autoencoder", "text")
+        if run.product(name).is_file()
+    }
+    if run.base is not None:
+        source["base"] = (network_digest(run.base, "autoencoder"), network_digest(run.base, "text"))
+    of = digest([source, run.recipe.data.model_dump(mode="json"), run.recipe.seed, side, count])
+    about: dict[str, object] = {"of": of}
+    path = run.folder / "latents" / f"{side}.safetensors"
+    cache = latents.load(path, about)
+    if cache is None and workers().main:
+        samples = run.samples(run.recipe.seed)
+        for report in latents.encode(samples, count, side, bundle.autoencoder, bundle.text, bf16):
+            if isinstance(report, LatentCache):
+                cache = report
+                latents.save(path, cache, about)
+            else:
+                yield report
+    while cache is None:
+        time.sleep(LOOK_EVERY_SECONDS)
+        yield 0
+        cache = latents.load(path, about)
+    yield cache
+
+
+def diffusion_batches(
+    run: Run, stage: DiffusionTraining, bundle: Bundle, cache: LatentCache | None, seed: int
+) -> Batches:
+    """Batches of a UNet stage: from the cache, from shards of latents, or of pictures encoded when they are used."""
+    if cache is not None:
+        return latent_batches(cache, stage, seed)
+    if stage.latents is not None:
+        digests = (network_digest(bundle, "autoencoder"), network_digest(bundle, "text"))
+        made_from, data = MadeFrom(*digests, stage.side), run.recipe.data
+        return shard_batches(latent_shards(stage.latents, data, stage.batch_size, seed, made_from), data.workers)
+    device = workers().device
+    for module in (bundle.autoencoder, bundle.text):
+        assert isinstance(module, nn.Module)
+        module.to(device)
+    pictures = run.pictures(stage.batch_size, stage.side, seed)
+    return encoded_batches(pictures, stage, bundle.autoencoder, bundle.text, device)
+
+
+def unet_stage(run: Run, index: int, cache: LatentCache | None, bundle: Bundle) -> Iterator[Report]:
+    """One stage of the UNet of `bundle`, which is trained in place and starts from what the stage before it left."""
+    name = f"unet-{index}"
+    if run.has(name):
+        return
+    stage, seed = run.recipe.unet_training[index], run.recipe.seed + index
+    if index > 0:
+        bundle.unet.load_state_dict(load_tensors(run.product(f"unet-{index - 1}")))
+    yield from train(
+        bundle.unet,
+        diffusion_losses(bundle.config, bundle.schedule, stage),
+        diffusion_batches(run, stage, bundle, cache, seed),
+        stage,
+        run.checkpoints(name),
+        seed,
+        run.conduct,
+    )
+    keep(run, name, bundle.unet)
+
+
+def lora_stage(run: Run, cache: LatentCache | None, bundle: Bundle) -> Iterator[Report]:
+    """Adapt the UNet of `bundle`; leaves the additions as a LoRA file, and the UNet with them as the last one."""
+    config = run.recipe.lora_training
+    if config is None or run.has("lora"):
+        return
+    torch.manual_seed(run.recipe.seed)
+    adapt(bundle.unet, config)
+    yield from train(
+        bundle.unet,
+        diffusion_losses(bundle.config, bundle.schedule, config),
+        diffusion_batches(run, config, bundle, cache, run.recipe.seed),
+        config,
+        run.checkpoints("lora"),
+        run.recipe.seed,
+        run.conduct,
+    )
+    if workers().main:
+        base = run.base.name if run.base is not None else ""
+        save_lora(run.product("lora"), bundle.unet, config, base)
+        merge(bundle.unet)
+        bundle.save(run.folder / run.recipe.name)
+    workers().wait()
+
+
+def inversion_stage(run: Run, cache: LatentCache | None, bundle: Bundle) -> Iterator[Report]:
+    """Learn a new word of the model `bundle`; leaves its vector. Raises SettingError for a model that reads labels."""
+    config = run.recipe.inversion_training
+    if config is None or run.has("word"):
+        return
+    if not isinstance(bundle.text, ClipTextEncoder):
+        raise SettingError("inversion_training: this model reads labels, not words; use a model with a text tower")
+    inversion = Inversion(bundle.text, bundle.unet, config)
+    batches = diffusion_batches(run, config, bundle, cache, run.recipe.seed)
+    yield from train(
+        inversion,
+        diffusion_losses(bundle.config, bundle.schedule, config),
+        worded(batches, inversion, run.recipe.seed),
+        config,
+        run.checkpoints("inversion"),
+        run.recipe.seed,
+        run.conduct,
+    )
+    if workers().main:
+        save_word(run.product("word"), inversion, config.word)
+    workers().wait()
+
+
+def averaged(bundle: Bundle, report: Report) -> Bundle | None:
+    """A copy of the bundle that draws with the averaged weights of this moment; None where others draw.
+
+    Every process must ask.
+    """
+    averages = report.averages()
+    if not workers().main:
+        return None
+    unet: UNet = copy.deepcopy(bundle.unet)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name in averages:
+                parameter.copy_(averages[name])
+    autoencoder, text = (copy.deepcopy(module).to("cpu") for module in (bundle.autoencoder, bundle.text))  # type: ignore[union-attr]
+    unet.to("cpu").eval().requires_grad_(False)
+    return Bundle(bundle.name, bundle.config, autoencoder, text, unet)
+
+
+def finish(run: Run) -> Path:
+    """Put the products together; returns the folder of the bundle."""
+    bundle = model_so_far(run)
+    bundle.unet.load_state_dict(load_tensors(run.product(f"unet-{len(run.recipe.unet_training) - 1}")))
+    return bundle.save(run.folder / run.recipe.name)

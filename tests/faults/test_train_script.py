@@ -1,0 +1,219 @@
+"""Wrong input to scripts/train.py, and runs that are stopped, taken up again or held twice: exit codes and lines."""
+
+import fcntl
+import importlib.util
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SCRIPTS, Ended, tiny_model
+from test_distributed import samples
+
+from ldm import cli
+from ldm.data.shards import write_shards
+from ldm.training import record, update
+
+DIGITS = """
+name: tiny
+data: {digits: bundled}
+model:
+  autoencoder: {kind: pixels, image_channels: 1}
+  text: {kind: labels, labels: ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"], width: 8}
+  unet: {in_channels: 1, out_channels: 1, channels: 8, multipliers: [1, 2], res_blocks: 1, attention: [false, true],
+    heads: 2, context_width: 8, groups: 4}
+  sampling: {width: 28, height: 28}
+unet_training:
+  - {side: 28, pictures: 40, steps: 4, batch_size: 8, learning_rate: 1e-3, precision: "no", save_every: 2}
+sample_prompts: ["1"]
+sample_every: 100
+"""
+Script = Callable[..., Ended]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(DIGITS)
+    return path
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """scripts/train.py called inside this process, which spares the seconds of importing torch."""
+    spec = importlib.util.spec_from_file_location("train", SCRIPTS / "train.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "sample", lambda *arguments: None)  # drawing is the pipeline's, and tested there
+
+    def call(*arguments: str | Path) -> Ended:
+        given = [*map(str, arguments), "--report-to", "none"]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "train.py"), *given])
+        with pytest.raises(SystemExit) as caught:
+            cli.run(module.main)
+        printed = capsys.readouterr()
+        return Ended(int(caught.value.code or 0), printed.out, printed.err)
+
+    return call
+
+
+def check(ended: Ended, code: int, *words: str) -> None:
+    """The error contract: exit code, exactly one line that says what is wrong and what to do, no traceback."""
+    assert ended.code == code, ended.err
+    assert len(ended.errors) == 1 and "; " in ended.errors[0] and "Traceback" not in ended.err
+    assert all(word in ended.errors[0] for word in words), ended.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("unet_training.0.batch_sise=8", ("batch_sise", "batch_size")),
+        ("unet_training.0.learning_rate=abc", ("learning_rate", "'abc'")),
+        ("unet_training.0.learning_rate=0", ("learning_rate",)),
+        ("unet_training.0.learning_rate=nan", ("learning_rate",)),
+        ("unet_training.0.learning_rate=-1e-4", ("learning_rate",)),
+        ("unet_training.0.batch_size=0", ("batch_size",)),
+        ("unet_training.0.micro_batch_size=0", ("micro_batch_size",)),
+        ("unet_training.0.micro_batch_size=3", ("8 samples cannot be divided equally",)),
+        ("unet_training.0.steps=0", ("steps",)),
+        ("unet_training.0.more_ema_decays=[0.999]", ("different numbers",)),
+        ("unet_training.0.latents=data/*.tar", ("pictures or latents",)),
+        ("trian.lr=1", ("trian",)),
+        ("unet_training.0.steps", ("section.key=value",)),
+        ("=5", ("section.key=value",)),
+        ("data.digits=nowhere", ("nowhere",)),
+    ],
+)
+def test_a_wrong_value_is_said_before_anything_is_computed(
+    train: Script, recipe: Path, tmp_path: Path, override: str, words: tuple[str, ...]
+) -> None:
+    ended = train("unet", "--config", recipe, "--run-dir", tmp_path / "run", override)
+    check(ended, 3 if "nowhere" in override else 2, *words)
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "the file is empty"),
+        ("\tname: x", "tiny.yaml:1"),
+        ("name: x\nname: y", "tiny.yaml:2: not valid YAML: key 'name' is given twice"),
+        ("name: x\ndata: {digits: bundled}\nsample_prompts: [a]", "nothing is trained"),
+    ],
+    ids=["empty", "tab", "twice", "nothing to train"],
+)
+def test_a_wrong_recipe_is_said_with_its_line(
+    train: Script, recipe: Path, tmp_path: Path, text: str, words: str
+) -> None:
+    recipe.write_text(text)
+    check(train("all", "--config", recipe, "--run-dir", tmp_path / "run"), 2, words)
+
+
+def test_a_run_taken_up_again_is_the_same_run(train: Script, recipe: Path, tmp_path: Path) -> None:
+    flags = ("unet", "--config", recipe, "--run-dir", tmp_path / "run")
+    assert train(*flags).code == 0
+    check(train(*flags, "model.unet.channels=16"), 2, "model.unet.channels was 8 and is 16")
+    check(train(*flags, "unet_training.0.batch_size=4"), 2, "unet_training.0.batch_size was 8 and is 4")
+    check(train(*flags, "data.crop=random"), 2, "data.crop was centre and is random")
+    freely = train(*flags, "unet_training.0.save_every=1")
+    assert freely.code == 0 and "unet_training.0.save_every was 2 and is 1 from here on" in freely.err
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_folder_that_another_run_uses_is_refused(train: Script, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        check(train("unet", "--config", recipe, "--run-dir", tmp_path / "run"), 2, "another run is using this folder")
+    assert train("unet", "--config", recipe, "--run-dir", tmp_path / "run").code == 0, "a lock dies with its process"
+
+
+def test_a_signal_saves_and_ends_with_75(
+    train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("unet", "--config", recipe, "--run-dir", tmp_path / "run", "unet_training.0.save_every=100")
+    step = record.Record.step
+
+    def signalled(self: record.Record, stage: str, report: Any) -> None:
+        step(self, stage, report)
+        if report.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.Record, "step", signalled)
+        ended = train(*flags)
+    assert ended.code == 75 and "stopped by SIGTERM; the state is saved" in ended.err
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "saved"
+    assert (tmp_path / "run" / "checkpoints" / "unet-0" / "step_00000002").is_dir()
+    assert train(*flags).code == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 3, 4], "the step that was under way is not reported, but done"
+
+
+def test_checkpoints_of_which_none_is_whole_end_with_4(train: Script, recipe: Path, tmp_path: Path) -> None:
+    flags = ("unet", "--config", recipe, "--run-dir", tmp_path / "run")
+    assert train(*flags).code == 0
+    for state in (tmp_path / "run" / "checkpoints" / "unet-0").glob("step_*/state.json"):
+        state.unlink()
+    (tmp_path / "run" / "unet-0.safetensors").unlink()
+    check(train(*flags), 4, "not one of its 2 checkpoints is whole")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+LORA = """
+name: tiny-lora
+data: {shards: nothing/*.tar}
+lora_training: {side: 64, steps: 2, batch_size: 2, learning_rate: 1e-3, precision: "no", rank: 2}
+sample_prompts: [a]
+"""
+
+
+def test_an_adaptation_needs_its_base_and_keeps_to_it(train: Script, recipe: Path, tmp_path: Path) -> None:
+    write_shards(samples(8), tmp_path / "data", 4, "shades")
+    recipe.write_text(LORA)
+    data = f"data.shards={tmp_path / 'data'}/*.tar"
+    flags = ("lora", "--config", recipe, "--run-dir", tmp_path / "run", data)
+    check(train(*flags), 2, "--base")
+    base = tiny_model().save(tmp_path / "base")
+    assert train(*flags, "--base", base).code == 0
+    assert (tmp_path / "run" / "lora.safetensors").is_file() and (tmp_path / "run" / "tiny-lora").is_dir()
+    other = tiny_model()
+    other.unet.conv_in.bias.data += 1
+    check(
+        train(*flags, "--base", other.save(tmp_path / "other")),
+        4,
+        "this run began with base (sha256",
+        "now it is other",
+    )
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(train: Script, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
+    ended = train("unet", "--config", recipe, "--run-dir", tmp_path / "run")
+    assert ended.code == 0 and "log.jsonl: Is a directory" in ended.err
+
+
+def test_too_little_memory_says_what_to_lower(
+    train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(update.Update, "gradients", full)
+    check(train("unet", "--config", recipe, "--run-dir", tmp_path / "run"), 5, "micro_batch_size", "fsdp")
+
+
+def test_numbers_that_are_not_finite_end_with_6(
+    train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update.Update, "clip", lambda self: float("nan"))
+    flags = ("unet", "--config", recipe, "--run-dir", tmp_path / "run", "unet_training.0.steps=8")
+    check(train(*flags), 6, "step 5", "5 updates in a row were not finite")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"

@@ -1,0 +1,203 @@
+"""Two processes are one: the same global batches, the same losses, and a fault of one is handled by both alike."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import environment
+from PIL import Image
+from tiny_training import trained
+
+from ldm import config as configuration
+from ldm.bundle import Bundle
+from ldm.data.shards import write_shards
+from ldm.errors import SettingError
+from ldm.training.batch import Batch, Draws
+from ldm.training.loop import Conduct
+from ldm.training.optimization import OptimizationConfig, micro_batches
+from ldm.training.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "tests" / "tiny_training.py"
+SHORT = {"steps": 6, "save_every": 3}
+
+
+def launched(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a program as `processes` processes on this machine, over gloo."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+
+
+def two(kind: str, folder: Path, *settings: str) -> list[dict[str, float]]:
+    """The losses of a tiny training by two processes."""
+    done = launched(str(PROGRAM), kind, str(folder), "steps=6", "save_every=3", *settings)
+    assert done.returncode == 0, done.stderr
+    losses: list[dict[str, float]] = json.loads((folder / "losses.json").read_text())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [("unet", "ddp"), ("unet", "fsdp"), ("vae", "ddp"), ("gan", "ddp"), ("clip", "ddp"), ("sigmoid", "ddp"),
+     ("lora", "ddp"), ("lora", "fsdp"), ("vae", "fsdp")],
+)  # fmt: skip
+def test_two_processes_with_four_each_are_one_with_eight(kind: str, strategy: str, tmp_path: Path) -> None:
+    alone = [report.losses for report in trained(kind, tmp_path / "one", **SHORT)]
+    together = two(kind, tmp_path / "two", f"strategy={strategy}")
+    assert len(together) == len(alone)
+    for step, (one, other) in enumerate(zip(alone, together, strict=True)):
+        for name in one:
+            # Once a judge that tells nothing yet has learned: the gradient of its last bias is nothing but rounding,
+            # and Adam makes a whole step of that. What the autoencoder learned is compared all the same.
+            if not (kind == "gan" and step == 5 and name in ("fooling", "loss")):
+                assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (step, name)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes_only_if_that_is_allowed(tmp_path: Path) -> None:
+    alone = [report.losses["loss"] for report in trained("unet", tmp_path / "one", **SHORT)]
+    folder = tmp_path / "two"
+    two("unet", folder, "strategy=fsdp")
+    shutil.rmtree(folder / "step_00000006")
+    with pytest.raises(SettingError, match=r"saved by 2 processes, now there are 1; .*--allow-world-size-change"):
+        next(trained("unet", folder, **SHORT))
+    conduct = Conduct(allow_world_size_change=True)
+    rest = [report.losses["loss"] for report in trained("unet", folder, conduct, micro_batch_size=4, **SHORT)]
+    assert rest == pytest.approx(alone[3:], abs=1e-5)
+
+
+BAD = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny_training, torch
+task = tiny_training.TASKS["unet"]
+def poisoned(kind, settings):
+    module, objective, batches, config, apart = task(kind, settings)
+    def losses(network, batch, draws):
+        values = objective(network, batch, draws)
+        if draws.step == 2 and tiny_training.workers().rank == 1:
+            values["loss"] = values["loss"] * float("nan")
+        return values
+    return module, losses, batches, config, apart
+tiny_training.TASKS["unet"] = poisoned
+tiny_training.main(*sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_on_one_process_is_left_out_by_both_and_named(tmp_path: Path) -> None:
+    program = tmp_path / "bad.py"
+    program.write_text(BAD.format(tests=str(PROGRAM.parent)))
+    done = launched(str(program), "unet", str(tmp_path / "two"), "steps=5", "save_every=5")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "skipped" in line]
+    assert len(lines) == 1 and re.search(r"step 3: loss nan on rank 1, timesteps \d.*samples picture \d", lines[0])
+    after = json.loads((tmp_path / "two" / "losses.json").read_text())
+    assert len(after) == 5 and after[3]["loss"] > 0
+
+
+DEAD = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import tiny_training
+for report in tiny_training.trained("unet", tiny_training.Path(sys.argv[1]), steps=50):
+    if report.step == 3 and tiny_training.workers().rank == 1:
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other(tmp_path: Path) -> None:
+    program = tmp_path / "dead.py"
+    program.write_text(DEAD.format(tests=str(PROGRAM.parent)))
+    done = launched(str(program), str(tmp_path / "two"))
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+
+
+def test_draws_of_parts_are_those_of_the_whole() -> None:
+    whole = Draws(seed=3, step=5, total=8)
+    known = whole.normal(2, 2), whole.integers(100), whole.uniform()
+    parts = Draws(seed=3, step=5, total=8)
+    for rows in (slice(0, 4), slice(4, 6), slice(6, 8)):
+        part = parts.part(rows)
+        for values, expected in zip((part.normal(2, 2), part.integers(100), part.uniform()), known, strict=True):
+            assert torch.equal(values, expected[rows])
+    assert not torch.equal(Draws(3, 6, 8).normal(2), Draws(3, 5, 8).normal(2))
+
+
+def test_a_part_of_a_batch_keeps_what_is_shared() -> None:
+    batch = Batch((torch.arange(4), torch.arange(4) * 10), (torch.ones(1),), ("a", "b", "c", "d"))
+    part = batch.part(slice(1, 3))
+    assert part.rows[1].tolist() == [10, 20] and part.keys == ("b", "c") and part.shared == batch.shared
+
+
+def test_a_share_is_divided_into_equal_micro_batches() -> None:
+    config = OptimizationConfig(steps=1, batch_size=24, micro_batch_size=4, learning_rate=1.0)
+    assert [(part.start, part.stop) for part in micro_batches(config, world=2)] == [(0, 4), (4, 8), (8, 12)]
+    with pytest.raises(SettingError, match="24 samples cannot be divided equally over 5 processes"):
+        micro_batches(config, world=5)
+    assert os.environ.get("WORLD_SIZE") is None, "this test is one process"
+
+
+SHRUNK = {
+    "model.autoencoder": "{kind: kl, channels: 8, multipliers: [1, 2], res_blocks: 1, mid_attention: true, groups: 4}",
+    "model.text": "{kind: clip, width: 16, layers: 2, heads: 2, context_length: 8, vocabulary: 600}",
+    "model.unet": "{channels: 8, multipliers: [1, 2], res_blocks: 1, attention: [true, false], heads: 2, groups: 4, "
+    "context_width: 16}",
+    "model.sampling": "{width: 32, height: 32}",
+    "clip": "{embedding: 16, image_size: 32, width: 4, layers: [1, 1, 1, 1]}",
+    "data.workers": "0",
+    "sample_prompts": "[a red circle]",
+}
+QUICKLY = {"steps": "2", "batch_size": "4", "warmup_steps": "0", "precision": "'no'"}
+
+
+def shrunk(name: str, shards: str, strategy: str) -> list[str]:
+    """Overrides that make a recipe's networks and batches tiny and its stages two steps long, and leave all else."""
+    recipe = configuration.load(ROOT / "configs" / f"{name}.yaml", Recipe)
+    stages = ["autoencoder_training", *(f"unet_training.{i}" for i in range(len(recipe.unet_training)))]
+    found = {**SHRUNK, "data.shards": shards}
+    for stage in stages:
+        found |= {f"{stage}.{key}": value for key, value in {**QUICKLY, "micro_batch_size": "1"}.items()}
+        found[f"{stage}.strategy"] = strategy
+    found |= {f"clip_training.{key}": value for key, value in QUICKLY.items()}
+    found |= {f"{stage}.side": "32" for stage in stages[1:]} | {f"{stage}.compile": "false" for stage in stages[1:]}
+    found |= {"autoencoder_training.crop": "32", "autoencoder_training.sides": "[32]"}
+    judge = "{channels: 4, layers: 1, groups: 2}" if strategy == "ddp" else "null"
+    found |= {"autoencoder_training.discriminator": judge, "autoencoder_training.discriminator_start": "1"}
+    return [f"{key}={value}" for key, value in found.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_recipes_of_stable_diffusion_run_all_stages_on_two_processes(name: str, strategy: str, tmp_path: Path) -> None:
+    write_shards(samples(40), tmp_path / "data", 20, "shapes")
+    flags = ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--run-dir", str(tmp_path / "run")]
+    overrides = shrunk(name, str(tmp_path / "data" / "*.tar"), strategy)
+    done = launched(str(ROOT / "scripts" / "train.py"), "all", *flags, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert Bundle.load(str(tmp_path / "run" / name)).config.prediction == {"sd15": "eps", "sd21": "v"}[name]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = Counter(row["stage"] for row in rows)
+    assert set(steps.values()) == {2} and {"autoencoder", "clip", "unet-0", "unet-2"} <= set(steps)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def samples(count: int) -> Iterator[dict[str, object]]:
+    """Captioned pictures of one colour, 32×32."""
+    for i in range(count):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (i * 6, 255 - i * 6, 128)).save(file, "PNG")
+        yield {"__key__": f"{i:04d}", "png": file.getvalue(), "txt": f"shade {i % 7}"}

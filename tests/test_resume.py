@@ -1,0 +1,187 @@
+"""A run is a function of (config, seed, step): cut in two and resumed, it ends bit for bit as one that was not."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_training
+import torch
+from tiny_training import KINDS, MODEL, Task, state_digest, trained
+from torch import nn
+
+from ldm.errors import NotFiniteError, SettingError
+from ldm.training import loop, state
+from ldm.training.batch import Batch, Draws
+from ldm.training.loop import Conduct
+from ldm.training.optimization import LossScale
+from ldm.training.signals import Stopped, StopRequest
+from ldm.training.update import Losses
+
+
+def run(kind: str, folder: Path, until: int | None = None, **settings: Any) -> str:
+    """Train, leaving off after step `until` as a killed process would; the digest of the newest state."""
+    for report in trained(kind, folder, **settings):
+        if report.step == until:
+            break
+    return state_digest(folder)
+
+
+def stopped_after(kind: str, folder: Path, reports: int) -> None:
+    """Train, and ask to stop after so many reports; the step that is under way then is the last."""
+    stop = StopRequest()
+    running = trained(kind, folder, Conduct(stop))
+    for _ in range(reports):
+        next(running)
+    stop.note(signal.SIGUSR1, None)
+    with pytest.raises(Stopped, match="SIGUSR1"):
+        next(running)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_steps_and_ten_more_are_twenty(kind: str, tmp_path: Path) -> None:
+    whole = run(kind, tmp_path / "whole")
+    run(kind, tmp_path / "parts", until=13)  # killed three steps behind its checkpoint
+    assert run(kind, tmp_path / "parts") == whole
+
+
+def test_a_run_stopped_twice_within_an_epoch_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole = run("unet", tmp_path / "whole")
+    # Steps 10 to 12 are an epoch: three batches of 8 from 28 pictures.
+    stopped_after("unet", tmp_path / "parts", reports=9)
+    assert (tmp_path / "parts" / "step_00000010").is_dir()
+    stopped_after("unet", tmp_path / "parts", reports=0)
+    assert (tmp_path / "parts" / "step_00000011").is_dir()
+    assert run("unet", tmp_path / "parts") == whole
+
+
+def test_dropout_is_a_function_of_the_step_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropping = MODEL.replace("groups: 4}\nsampling", "groups: 4, dropout: 0.3}\nsampling")
+    assert dropping != MODEL
+    monkeypatch.setattr("tiny_training.MODEL", dropping)
+    whole = run("unet", tmp_path / "whole", steps=6, save_every=3)
+    run("unet", tmp_path / "parts", until=4, steps=6, save_every=3)
+    torch.randn(17)  # whatever happens to the global generator in between
+    assert run("unet", tmp_path / "parts", steps=6, save_every=3) == whole
+
+
+def forget_moments(kept: state.Trainee) -> None:
+    kept.optimizer.state.clear()
+
+
+def forget_average(kept: state.Trainee) -> None:
+    kept.averages[1].updates += 1
+
+
+def forget_skipped(kept: state.Trainee) -> None:
+    kept.skipped += 1
+
+
+def forget_weights(kept: state.Trainee) -> None:
+    with torch.no_grad():
+        next(iter(kept.trained.values())).view(-1)[0] += 1e-6
+
+
+@pytest.mark.parametrize("broken", [forget_moments, forget_average, forget_skipped, forget_weights])
+def test_a_restore_that_leaves_something_out_is_found(
+    broken: Callable[[state.Trainee], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short: dict[str, Any] = {"steps": 6, "save_every": 3}
+    whole = run("unet", tmp_path / "whole", **short)
+    run("unet", tmp_path / "parts", until=4, **short)
+
+    def restore(saved: object, into: state.Trainee) -> None:
+        state.restore(saved, into)  # type: ignore[arg-type]
+        broken(into)
+
+    monkeypatch.setattr(loop, "restore", restore)
+    assert run("unet", tmp_path / "parts", **short) != whole
+
+
+def test_data_that_begins_anew_on_resuming_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short: dict[str, Any] = {"steps": 6, "save_every": 3}
+    whole = run("unet", tmp_path / "whole", **short)
+    run("unet", tmp_path / "parts", until=4, **short)
+    task = tiny_training.TASKS["unet"]
+
+    def from_the_start(kind: str, settings: dict[str, Any]) -> Task:
+        module, objective, batches, config, apart = task(kind, settings)
+        return module, objective, lambda _: batches(0), config, apart
+
+    monkeypatch.setitem(tiny_training.TASKS, "unet", from_the_start)
+    assert run("unet", tmp_path / "parts", **short) != whole
+
+
+def test_micro_batches_change_rounding_only(tmp_path: Path) -> None:
+    short: dict[str, Any] = {"steps": 4, "save_every": 2}
+    once = [report.losses["loss"] for report in trained("unet", tmp_path / "once", **short)]
+    parts = [report.losses["loss"] for report in trained("unet", tmp_path / "parts", micro_batch_size=2, **short)]
+    again = [
+        report.losses["loss"] for report in trained("unet", tmp_path / "again", gradient_checkpointing=True, **short)
+    ]
+    assert parts == pytest.approx(once, abs=1e-5) and again == pytest.approx(once, abs=1e-6)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="8 samples cannot be divided equally over 1 processes in parts of 3"):
+        next(trained("unet", tmp_path, micro_batch_size=3))
+
+
+def poisoned_at(steps: set[int], sample: int) -> Callable[[str, dict[str, Any]], Task]:
+    """The UNet's objective that gives a loss that is no number for one sample in some steps."""
+    task = tiny_training.TASKS["unet"]
+
+    def poisoned(kind: str, settings: dict[str, Any]) -> Task:
+        module, objective, batches, config, apart = task(kind, settings)
+
+        def losses(network: nn.Module, batch: Batch, draws: Draws) -> Losses:
+            values = objective(network, batch, draws)
+            if draws.step in steps:
+                mask = torch.zeros(len(batch))
+                mask[sample] = float("nan")
+                values["error"] = values["error"] + mask
+                values["loss"] = values["error"].mean()
+            return values
+
+        return module, losses, batches, config, apart
+
+    return poisoned
+
+
+def test_one_bad_update_is_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(tiny_training.TASKS, "unet", poisoned_at({2}, sample=5))
+    *_, last = trained("unet", tmp_path, steps=5)
+    assert last.skipped == 1 and last.losses["loss"] > 0
+    line = next(line for line in capsys.readouterr().err.splitlines() if "step 3" in line)
+    assert "loss nan on rank 0" in line and line.count("picture") == 1 and "timesteps" in line
+
+
+def test_too_many_bad_updates_stop_the_run_and_leave_the_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = run("unet", tmp_path, until=3, save_every=2)
+    monkeypatch.setitem(tiny_training.TASKS, "unet", poisoned_at(set(range(2, 20)), sample=0))
+    with pytest.raises(NotFiniteError, match=r"step 7: .*5 updates in a row"):
+        list(trained("unet", tmp_path, save_every=2))
+    assert state_digest(tmp_path) == good
+
+
+def test_fp16_lowers_its_scale_where_gradients_overflow_and_raises_it_again() -> None:
+    scale = LossScale("fp16")
+    for _ in range(17):
+        scale.update(finite=False)
+    assert scale.value == 0.5 and LossScale("bf16").value == 1.0
+    for _ in range(2000):
+        scale.update(finite=True)
+    assert scale.value == 1.0 and scale.good == 0
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    for _ in trained("unet", tmp_path, keep_best=True, keep=1, save_every=4):
+        pass
+    best = (tmp_path / "best").read_text().strip()
+    assert {path.name for path in tmp_path.glob("step_*")} == {best, "step_00000020"}
+    assert (tmp_path / "latest").read_text() == "step_00000020\n"
