@@ -1,34 +1,40 @@
-"""A bundle is a folder that holds a whole model: config.yaml, weights in safetensors, and a manifest of sha256.
+"""A bundle is a whole model, ready to draw; our own lie in folders: config.yaml, safetensors, a manifest of sha256.
 
-`Bundle.load` takes the name of a bundle that ships with this package, or the path of a folder.
+`Bundle.load` is the one door: it takes the name of a bundle that ships with this package, a folder of ours or of
+diffusers, or a single file with CompVis's names.
 """
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ldm import config as configuration
 from ldm.cli import nearest
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule
-from ldm.errors import MachineError, ModelError, SettingError
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, KLAutoencoder, PixelAutoencoder
-from ldm.models.model_config import ModelConfig
-from ldm.models.text import ClipTextConfig, ClipTextEncoder, LabelEncoder, TextEncoder
+from ldm.errors import MachineError, ModelError
+from ldm.formats import probe
+from ldm.formats.describe import BUNDLE_CONFIG as CONFIG
+from ldm.formats.describe import BUNDLE_PARTS as PARTS
+from ldm.formats.describe import layout
+from ldm.formats.evidence import Description, Prediction
+from ldm.formats.export_bundle import MANIFEST, sha256, write_manifest
+from ldm.formats.fill import fill
+from ldm.formats.read import OpenModel, open_model, read_bundle_config
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.model_config import ModelConfig, build
+from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
-from ldm.nn.layers import channels_last
 
 FOLDER = Path(__file__).parent / "bundles"
 DEFAULT = "shapes-256"
-CONFIG, MANIFEST = "config.yaml", "manifest.json"
-PARTS = ("autoencoder", "text", "unet")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def bundled_names() -> list[str]:
@@ -37,14 +43,13 @@ def bundled_names() -> list[str]:
 
 
 def find(name_or_path: str) -> Path:
-    """The folder of a bundle, by name or path. Raises ModelError, with the nearest name, where there is none."""
+    """The folder or file of a model, by name or path. Raises ModelError, with the nearest name, where there is none."""
     if name_or_path in bundled_names():
         return FOLDER / name_or_path
     path = Path(name_or_path).expanduser()
-    if (path / CONFIG).is_file():
+    if os.path.lexists(path):
+        layout(path)  # says what is wrong with something that is there and no model
         return path
-    if path.exists():
-        raise ModelError(f"{name_or_path}: not a model folder, it has no {CONFIG}; give a bundle's name or folder")
     known = [*bundled_names(), *(p.name for p in path.parent.glob("*"))] if path.parent.is_dir() else bundled_names()
     raise ModelError(
         f"{name_or_path}: no such model{nearest(path.name, known)}; "
@@ -52,24 +57,18 @@ def find(name_or_path: str) -> Path:
     )
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The model's config, without reading weights. Raises ModelError for one that is not valid."""
-    try:
-        return configuration.load(folder / CONFIG, ModelConfig)
-    except SettingError as error:
-        raise ModelError(str(error)) from None
+def read_config(path: Path, prediction: Prediction | None = None) -> ModelConfig:
+    """The model's config, without reading weights where that can be. Raises ModelError for one that is not valid.
 
-
-def build(config: ModelConfig) -> tuple[Autoencoder, TextEncoder, UNet]:
-    """The three networks of a config, with fresh weights."""
-    autoencoder: Autoencoder
-    if isinstance(config.autoencoder, AutoencoderConfig):
-        autoencoder = KLAutoencoder(config.autoencoder)
-    else:
-        autoencoder = PixelAutoencoder(config.autoencoder)
-    text: TextEncoder
-    text = ClipTextEncoder(config.text) if isinstance(config.text, ClipTextConfig) else LabelEncoder(config.text)
-    return autoencoder, text, UNet(config.unet)
+    A file of Stable Diffusion 2 may leave open whether it predicts ε or v, which decides the size of its pictures;
+    its UNet is then loaded and asked, unless `prediction` says it.
+    """
+    if layout(path) == "bundle":
+        return read_bundle_config(path)
+    opened = open_model(path, prediction)
+    sizes = {opened.predicting(answer, "").config.sampling.width for answer in ("eps", "v")}
+    undecided = opened.description.prediction is None and len(sizes) > 1
+    return Bundle.predicting(opened).config if undecided else opened.config
 
 
 def noise_schedule(config: ModelConfig) -> NoiseSchedule:
@@ -88,6 +87,8 @@ class Bundle:
     text: TextEncoder
     unet: UNet
     sha256: str = ""
+    # What the file or folder was found to be, for a model that was loaded.
+    description: Description | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -105,21 +106,39 @@ class Bundle:
         return next(self.unet.parameters()).device
 
     @classmethod
-    def load(cls, name_or_path: str = DEFAULT, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Bundle":
-        """The bundle of that name or folder, in evaluation mode on `device`; the text encoder stays in fp32.
+    def load(
+        cls,
+        name_or_path: str = DEFAULT,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        prediction: Prediction | None = None,
+    ) -> "Bundle":
+        """The model of that name, folder or file, in evaluation mode on `device`; the text encoder stays in fp32.
 
-        Raises ModelError for a file that is missing, torn, changed, not finite or that does not fit the config.
+        `prediction` is the user's word on what the UNet predicts, against what the file says.
+        Raises ModelError for a file that is missing, torn, changed, not finite or that does not fit its config.
         """
-        folder = find(name_or_path)
-        config = read_config(folder)
-        digest = verify(folder)
-        with torch.device("meta"):
-            autoencoder, text, unet = build(config)
-        for part, network in zip(PARTS, (autoencoder, text, unet), strict=True):
-            assert isinstance(network, nn.Module)
-            fill(network, folder / f"{part}.safetensors", torch.float32 if part == "text" else dtype)
-            channels_last(network.to(device)).eval().requires_grad_(False)
-        return cls(folder.name, config, autoencoder, text, unet, digest)
+        path = find(name_or_path)
+        digest = verify(path) if layout(path) == "bundle" else ""
+        return cls.of(open_model(path, prediction), device, dtype, digest)
+
+    @classmethod
+    def of(
+        cls, opened: OpenModel, device: str = "cpu", dtype: torch.dtype = torch.float32, sha256: str = ""
+    ) -> "Bundle":
+        """The model that lies open on the disk, with its weights read. Raises ModelError for damaged ones."""
+        autoencoder, text, unet = networks(opened, device, dtype)
+        if opened.description.prediction is None:
+            opened = opened.predicting(*probe.ask(unet, text.encode([""]).tokens))
+        return cls(opened.description.path.name, opened.config, autoencoder, text, unet, sha256, opened.description)
+
+    @staticmethod
+    def predicting(opened: OpenModel) -> OpenModel:
+        """`opened` with what its UNet predicts, for which the UNet is loaded and asked where nothing else tells."""
+        if opened.description.prediction is not None:
+            return opened
+        _, text, unet = networks(opened, "cpu", torch.float32, parts=("text", "unet"))
+        return opened.predicting(*probe.ask(unet, text.encode([""]).tokens))
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
         """Write config, weights in `dtype` and the manifest to `folder`, which is made; returns it."""
@@ -135,16 +154,8 @@ class Bundle:
             except safetensors.SafetensorError as error:
                 raise MachineError(f"{folder}: cannot be written ({error}); free space on the disk") from None
             (folder / f"{part}.safetensors").chmod(0o644)  # safetensors makes files that only their owner may read
-        names = [CONFIG, *(f"{part}.safetensors" for part in PARTS)]
-        manifest = {name: sha256(folder / name) for name in names}
-        (folder / MANIFEST).write_text(json.dumps({"format": 1, "sha256": manifest}, indent=2) + "\n")
+        write_manifest(folder)
         return folder
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path) -> str:
@@ -166,54 +177,17 @@ def verify(folder: Path) -> str:
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()
 
 
-def fill(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
-    """Give every tensor of a module on the meta device its value from a safetensors file, cast to `dtype`."""
-    wanted = module.state_dict()
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            found = set(file.keys())
-            refuse_difference(path, wanted, {key: tuple(file.get_slice(key).get_shape()) for key in found})
-            tensors = {key: checked(path, key, file.get_tensor(key)).to(dtype) for key in wanted}
-    except safetensors.SafetensorError as error:
-        raise ModelError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-    module.load_state_dict(tensors, assign=True)
-    for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:
-            restore_buffer(module, name)
-
-
-def refuse_difference(path: Path, wanted: dict[str, Tensor], found: dict[str, tuple[int, ...]]) -> None:
-    """Raise ModelError that names the first five tensors that are missing, unexpected or of another shape."""
-    problems = [
-        ("missing", sorted(wanted.keys() - found.keys())),
-        ("unexpected", sorted(found.keys() - wanted.keys())),
-        (
-            "of another shape",
-            [
-                f"{key} {found[key]}, expected {tuple(wanted[key].shape)}"
-                for key in sorted(wanted.keys() & found.keys())
-                if found[key] != tuple(wanted[key].shape)
-            ],
-        ),
-    ]
-    words = [f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in problems if names]
-    if words:
-        raise ModelError(f"{path}: does not fit {CONFIG}: {'; '.join(words)}; use the files of one model")
-
-
-def checked(path: Path, key: str, tensor: Tensor) -> Tensor:
-    """`tensor`, if it holds finite floating-point numbers."""
-    if tensor.dtype not in FLOATS:
-        raise ModelError(f"{path}: {key} is {tensor.dtype}, expected fp32, fp16 or bf16; convert the file")
-    if not torch.isfinite(tensor).all():
-        count = int((~torch.isfinite(tensor)).sum())
-        raise ModelError(f"{path}: {key} holds {count} values that are not finite; the file is damaged, copy it again")
-    return tensor
-
-
-def restore_buffer(module: nn.Module, name: str) -> None:
-    """Compute a constant that is not stored in files: the causal mask of the text transformer."""
-    assert name == "tower.attn_mask", name
-    tower = module.get_submodule("tower")
-    length = tower.attn_mask.shape[0]  # type: ignore[index]
-    tower.attn_mask = torch.full((length, length), float("-inf")).triu(1)  # type: ignore[arg-type]
+def networks(
+    opened: OpenModel, device: str, dtype: torch.dtype, parts: tuple[str, ...] = PARTS
+) -> tuple[Autoencoder, TextEncoder, UNet]:
+    """The networks of a model, those of `parts` with their weights; the text encoder in fp32, the others in `dtype`."""
+    with torch.device("meta"):
+        built = build(opened.config)
+    for part, network in zip(PARTS, built, strict=True):
+        assert isinstance(network, nn.Module)
+        if part in parts:
+            where = opened.description.path
+            where = where / f"{part}.safetensors" if opened.description.layout == "bundle" else where
+            fill(network, opened.parts[part], where, torch.float32 if part == "text" else dtype, device)
+        network.eval().requires_grad_(False)
+    return built

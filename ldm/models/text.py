@@ -5,7 +5,8 @@ import importlib.resources
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -22,6 +23,11 @@ from ldm.errors import SettingError
 # open_clip's vocabulary: 256 bytes, the same 256 as word ends, the merges, and the two special tokens.
 BYTES_AND_SPECIALS = 514
 SPECIAL_TOKEN = re.compile(r"<(start|end)_of_text>", re.IGNORECASE)
+# How CLIP's tokenizer takes a text apart: English endings, runs of letters, single digits, runs of anything else.
+WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# Stable Diffusion 2 pads with id 0, which is the word `!` inside a longer one; Hugging Face's tokenizer then takes
+# every typed `!` for padding.
+PADDING_WORD = "!"
 
 
 class ClipTextConfig(Config):
@@ -33,12 +39,15 @@ class ClipTextConfig(Config):
     heads: PositiveInt = 12
     context_length: PositiveInt = 77
     # 514 + the number of merges; fewer than 49,408 means the first merges of open_clip's own file.
-    vocabulary: int = Field(49408, gt=BYTES_AND_SPECIALS, le=49408)
+    vocabulary: int = Field(default=49408, gt=BYTES_AND_SPECIALS, le=49408)
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     # Which states the UNet reads: after the last block or after the one before it; both through the final norm.
     hidden: Literal["last", "penultimate"] = "last"
     # What fills the row behind the prompt: the end token (SD 1.x) or id 0 (SD 2.x and our own).
     padding: Literal["end", "zero"] = "end"
+    # How text is made plain before it is taken apart: as open_clip does (repairs broken Unicode, reads HTML entities),
+    # or as Hugging Face's CLIPTokenizer does, which Stable Diffusion's other programs use.
+    tokenizer: Literal["open_clip", "hf"] = "open_clip"
 
     @model_validator(mode="after")
     def _consistent(self) -> "ClipTextConfig":
@@ -113,6 +122,28 @@ def tokenizer(vocabulary: int, context_length: int) -> Any:
     return made
 
 
+def vocabulary_words(size: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """The words of a vocabulary by id, the two special ones last, and its merges in order."""
+    coder = tokenizer(size, 77)
+    return [coder.decoder[number] for number in range(size)], list(coder.bpe_ranks)
+
+
+def hf_ids(coder: Any, prompt: str, padding_word: bool) -> Iterator[int]:
+    """Token ids of a text as Hugging Face's fast CLIPTokenizer gives them; with `padding_word`, `!` is id 0.
+
+    A typed `<|endoftext|>` is read as words here, so that no prompt can end itself.
+    """
+    import regex  # type: ignore[import-untyped]  # open_clip needs it too
+
+    plain = "".join(character.lower() for character in unicodedata.normalize("NFC", prompt))
+    for index, part in enumerate(plain.split(PADDING_WORD) if padding_word else [plain]):
+        if index:
+            yield 0
+        for word in regex.findall(WORD, part):
+            symbols = "".join(coder.byte_encoder[byte] for byte in word.encode("utf-8"))
+            yield from (coder.encoder[piece] for piece in coder.bpe(symbols).split(" "))
+
+
 def escape_special(prompt: str) -> str:
     """`prompt` with a typed `<end_of_text>` broken up, so that it is read as words and not as the token."""
     return SPECIAL_TOKEN.sub(lambda found: f"< {found[0][1:-1]} >", prompt)
@@ -142,18 +173,24 @@ class ClipTextEncoder(nn.Module):
 
     def tokenize(self, prompts: Sequence[str]) -> Int[Tensor, "b l"]:
         """Token ids: start, prompt, end, padding; a prompt that is too long is cut before the end token."""
-        config = self.config
-        ids = tokenizer(config.vocabulary, config.context_length)([escape_special(p) for p in prompts])
-        if config.padding == "end":
-            end = config.vocabulary - 1
-            after_end = (ids == end).cumsum(dim=1) - (ids == end).int() > 0
-            ids = ids.masked_fill(after_end, end)
+        length, end = self.config.context_length, self.config.vocabulary - 1
+        ids = torch.full((len(prompts), length), end if self.config.padding == "end" else 0)
+        for row, prompt in zip(ids, prompts, strict=True):
+            known = [end - 1, *self._words(prompt)[: length - 2], end]
+            row[: len(known)] = torch.tensor(known)
         return ids
 
     def words_cut(self, prompt: str) -> str:
         """The end of `prompt` that does not fit into `context_length` − 2 tokens."""
         coder = tokenizer(self.config.vocabulary, self.config.context_length)
-        return coder.decode(coder.encode(escape_special(prompt))[self.config.context_length - 2 :]).strip()
+        return coder.decode(self._words(prompt)[self.config.context_length - 2 :]).strip()
+
+    def _words(self, prompt: str) -> list[int]:
+        """The token ids of a prompt alone."""
+        coder = tokenizer(self.config.vocabulary, self.config.context_length)
+        if self.config.tokenizer == "hf":
+            return list(hf_ids(coder, prompt, padding_word=self.config.padding == "zero"))
+        return list(coder.encode(escape_special(prompt)))
 
     def forward(self, ids: Int[Tensor, "b l"]) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d"]]:
         """States of every token (the config's layer, normalised) and the state at the end token (last layer)."""

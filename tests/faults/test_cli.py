@@ -13,7 +13,7 @@ import torch
 from conftest import SCRIPTS, Ended, start
 from safetensors.torch import load_file, save_file
 
-from ldm.bundle import MANIFEST, sha256
+from ldm.formats.export_bundle import MANIFEST, sha256
 
 Script = Callable[..., Ended]
 

@@ -1,0 +1,74 @@
+"""Networks get their weights from files: built without memory, then filled a few rows of a tensor at a time.
+
+Beside the network itself, no more than one such part is in memory.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import ModelError
+from ldm.formats.tensors import FLOATS, StoredTensor
+
+
+def fill(
+    network: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    where: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Give every tensor of a network on the meta device its stored value, in `dtype` on `device`.
+
+    Names and shapes of `stored` are the network's. Raises ModelError for numbers that are not finite or not floats.
+    """
+    tensors = {}
+    for name, like in network.state_dict().items():
+        # Convolutions lie as CPUs and tensor cores read them fastest.
+        layout = torch.channels_last if like.dim() == 4 else torch.contiguous_format
+        tensors[name] = torch.empty(like.shape, dtype=dtype, device=device, memory_format=layout)
+        copy(stored[name], tensors[name], f"{where}: {name}")
+    network.load_state_dict(tensors, assign=True)
+    for name, buffer in list(network.named_buffers()):
+        if buffer.is_meta:
+            restore_buffer(network, name, device)
+
+
+def copy(stored: StoredTensor, destination: Tensor, where: str) -> None:
+    """Read a stored tensor into `destination`. Raises ModelError for numbers that are not finite or not floats."""
+    if stored.dtype not in FLOATS:
+        raise ModelError(f"{where} is {stored.dtype}, expected fp32, fp16 or bf16; convert the file")
+    row = damaged = 0
+    for chunk in stored.chunks():
+        damaged += not_finite(chunk)
+        part = destination[row : row + len(chunk)] if destination.dim() else destination
+        part.copy_(chunk)
+        row += part.shape[0] if part.dim() else 0
+    if damaged:
+        raise ModelError(f"{where} holds {damaged} values that are not finite; the file is damaged, copy it again")
+
+
+def not_finite(chunk: Tensor) -> int:
+    """How many numbers are infinite or not a number; the extremes show at once that there are none."""
+    if not chunk.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(chunk)):
+        return 0
+    return int((~torch.isfinite(chunk)).sum())
+
+
+def whole(stored: StoredTensor, where: str) -> Tensor:
+    """A stored tensor in memory, in the number format of its file. Raises ModelError as `copy` does."""
+    if stored.dtype not in FLOATS:
+        raise ModelError(f"{where} is {stored.dtype}, expected fp32, fp16 or bf16; convert the file")
+    destination = torch.empty(stored.shape, dtype=getattr(torch, FLOATS[stored.dtype]))
+    copy(stored, destination, where)
+    return destination
+
+
+def restore_buffer(network: nn.Module, name: str, device: torch.device | str) -> None:
+    """Compute a constant that is not stored in files: the causal mask of the text transformer."""
+    assert name == "tower.attn_mask", name
+    tower = network.get_submodule("tower")
+    length = tower.attn_mask.shape[0]  # type: ignore[index]
+    tower.attn_mask = torch.full((length, length), float("-inf"), device=device).triu(1)  # type: ignore[arg-type]
