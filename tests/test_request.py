@@ -20,7 +20,11 @@ NAN = float("nan")
 def model(side: int = 256, factor: int = 64, timesteps: int = 1000) -> Any:
     """As much of a ModelConfig as `resolve` reads."""
     sampling = SamplingDefaults(width=side, height=side, steps=20)
-    return SimpleNamespace(sampling=sampling, factor=factor, noise_schedule=SimpleNamespace(timesteps=timesteps))
+    unet, autoencoder = SimpleNamespace(in_channels=4), SimpleNamespace(latent_channels=4)
+    schedule = SimpleNamespace(timesteps=timesteps)
+    return SimpleNamespace(
+        sampling=sampling, factor=factor, noise_schedule=schedule, unet=unet, autoencoder=autoencoder
+    )
 
 
 @pytest.mark.parametrize(
