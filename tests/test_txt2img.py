@@ -184,8 +184,11 @@ def test_levels_may_be_listed(txt2img: Script, tiny_folder: Path) -> None:
 def test_ctrl_c_keeps_what_is_finished(tiny_folder: Path, tmp_path: Path) -> None:
     flags = ("-p", "a", "--model", tiny_folder, "--outdir", tmp_path, "-n", "500", "--batch-size", "1")
     process = subprocess.Popen(
-        command("txt2img.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+        command("txt2img.py", *flags),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        # A shell that starts the tests in the background has them ignore Ctrl-C, and their children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None
     first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
