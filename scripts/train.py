@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ldm.bundle import Bundle
     from ldm.request import GenerationRequest
+    from ldm.training.diffusion import DiffusionTraining
     from ldm.training.latents import LatentCache
     from ldm.training.loop import Conduct, Report
     from ldm.training.recipe import Recipe
@@ -209,7 +210,7 @@ def unet(this: "Run", record: "Record") -> None:
     for index, stage in enumerate(this.recipe.unet_training):
         if this.has(f"unet-{index}"):
             continue
-        cache = encoded(this, stage.side, stage.pictures, stage.precision == "bf16", record)
+        cache = encoded(this, stage, record)
         bundle = model_so_far(this)
         for report in shown(unet_stage(this, index, cache, bundle), record, f"unet-{index}"):
             sample(this, bundle, report, f"unet-{index}", stage.side)
@@ -225,7 +226,7 @@ def adapt(this: "Run", stage: str, record: "Record") -> None:
         raise SettingError(f"{stage}_training: this recipe has no such section; add one, see docs/training.md")
     if this.base is None:
         raise SettingError(f"--base: {stage} needs the model that it adapts; give its name or path")
-    cache = encoded(this, config.side, config.pictures, config.precision == "bf16", record)
+    cache = encoded(this, config, record)
     bundle = model_so_far(this)
     running = lora_stage(this, cache, bundle) if stage == "lora" else inversion_stage(this, cache, bundle)
     for report in shown(running, record, stage):
@@ -233,21 +234,21 @@ def adapt(this: "Run", stage: str, record: "Record") -> None:
             sample(this, bundle, report, stage, config.side)
 
 
-def encoded(this: "Run", side: int, count: int | None, bf16: bool, record: "Record") -> "LatentCache | None":
+def encoded(this: "Run", stage: "DiffusionTraining", record: "Record") -> "LatentCache | None":
     """The latents of a stage, made where they are not there; None for a stage that encodes as it goes."""
     from ldm.training.latents import LatentCache
     from ldm.training.stages import latents_stage
 
-    if count is None:
+    if stage.pictures is None:
         return None
-    for progress in latents_stage(this, side, count, bf16):
+    for progress in latents_stage(this, stage, stage.pictures):
         if isinstance(progress, LatentCache):
             return progress
         if this.conduct.stop is not None:
             this.conduct.stop.check()
         if progress and progress % 2048 == 0:
-            note(f"latents at {side} px: {progress} of {count}")
-            record.status("encoding", side=side, done=progress, of=count)
+            note(f"latents at {stage.side} px: {progress} of {stage.pictures}")
+            record.status("encoding", side=stage.side, done=progress, of=stage.pictures)
     raise AssertionError("unreachable")
 
 

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_training
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ldm import config as configuration
 from ldm.bundle import Bundle
 from ldm.data.digits import BUNDLED, endless, load, read_idx
 from ldm.data.pictures import PictureBatch
-from ldm.errors import DataError, NotFiniteError
+from ldm.errors import DataError, NotFiniteError, SettingError
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
@@ -32,12 +34,12 @@ from ldm.training.autoencoder import (
 from ldm.training.batch import Batch, Draws
 from ldm.training.clip import contrastive_loss
 from ldm.training.ema import EMA
-from ldm.training.latents import LatentCache
+from ldm.training.latents import LatentCache, Samples
 from ldm.training.loop import train
 from ldm.training.optimization import OptimizationConfig, learning_rate
 from ldm.training.recipe import Recipe
 from ldm.training.run import Run, model_so_far
-from ldm.training.stages import finish, latents_stage, unet_stage
+from ldm.training.stages import averaged, finish, latents_stage, unet_stage
 from ldm.training.update import Losses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,7 +176,7 @@ def test_latents_are_cached_for_what_they_were_made_from_only(tmp_path: Path) ->
     cache = LatentCache(torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2), torch.randn(2, 5, 8), torch.tensor([0, 0, 1]))
     latents.save(tmp_path / "a.safetensors", cache, {"of": "this"})
     loaded = latents.load(tmp_path / "a.safetensors", {"of": "this"})
-    assert loaded is not None and torch.equal(loaded.states, cache.states)
+    assert loaded is not None and torch.equal(loaded.conditions, cache.conditions)
     assert latents.load(tmp_path / "a.safetensors", {"of": "that"}) is None
     assert latents.load(tmp_path / "b.safetensors", {"of": "this"}) is None
 
@@ -191,7 +193,7 @@ def digits_recipe() -> Recipe:
 
 def test_from_digits_to_a_bundle_that_draws_them(tmp_path: Path) -> None:
     run = Run(digits_recipe(), tmp_path, lambda seed: endless(BUNDLED, seed))
-    *_, cache = latents_stage(run, side=28, count=200, bf16=False)
+    *_, cache = latents_stage(run, run.recipe.unet_training[0], count=200)
     assert isinstance(cache, LatentCache) and cache.mean.shape == (200, 1, 28, 28) and cache.std.abs().max() == 0
     losses = [report.losses["loss"] for report in unet_stage(run, 0, cache, model_so_far(run))]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
@@ -200,6 +202,53 @@ def test_from_digits_to_a_bundle_that_draws_them(tmp_path: Path) -> None:
     (picture,) = TextToImage(bundle)(request)
     assert picture.image.size == (28, 28) and picture.image.mode == "L"
     assert json.loads((tmp_path / "latents" / "28.json").read_text())
+
+
+def coloured_recipe(**stage: object) -> Recipe:
+    """Two stages of a tiny model, the first with its text tower; pictures of 16×16."""
+    first = {"side": 16, "pictures": 12, "steps": 3, "batch_size": 4, "learning_rate": 1e-2, "precision": "no"}
+    settings = {
+        "name": "coloured",
+        "data": {"shards": "unused/*.tar"},
+        "model": configuration.parse_yaml(tiny_training.MODEL, "tiny"),
+        "unet_training": [{**first, "train_text": True, **stage}, {**first, "train_text": False}],
+        "sample_prompts": ["a red"],
+    }
+    return configuration.validate(settings, Recipe, "coloured")
+
+
+def coloured(seed: int) -> Samples:
+    """An endless sequence of two plain pictures."""
+    while True:
+        for name in ("red", "blue"):
+            yield Image.new("RGB", (16, 16), name), f"a {name}", {}
+
+
+def test_a_text_tower_that_learns_with_the_unet_is_read_with_from_then_on(tmp_path: Path) -> None:
+    run = Run(coloured_recipe(), tmp_path, coloured)
+    stage, later = run.recipe.unet_training
+    untaught = model_so_far(run)
+    *_, cache = latents_stage(run, stage, 12)
+    assert isinstance(cache, LatentCache) and cache.conditions.shape == (
+        3,
+        8,
+        1,
+    )  # ids: two captions, no caption
+    bundle = model_so_far(run)
+    for report in unet_stage(run, 0, cache, bundle):
+        drawing = averaged(bundle, report)
+    states = [model.text.encode(["a red"]).tokens for model in (untaught, model_so_far(run), drawing)]
+    assert not torch.allclose(states[0], states[1], atol=1e-3)
+    assert torch.equal(states[1], states[2])
+    *_, cache = latents_stage(run, later, 12)  # the second stage reads states, those of the taught tower
+    assert isinstance(cache, LatentCache) and torch.equal(cache.conditions[0], states[1][0].half())
+    assert [*unet_stage(run, 1, cache, model_so_far(run))]
+    assert torch.allclose(Bundle.load(str(finish(run))).text.encode(["a red"]).tokens, states[1], atol=1e-2)  # fp16
+
+
+def test_a_text_tower_learns_from_captions_only() -> None:
+    with pytest.raises(SettingError, match="train_text needs captions"):
+        coloured_recipe(pictures=None, latents="latents/*.tar")
 
 
 def test_bundled_digits_are_white_on_black_and_enlarged() -> None:

@@ -25,12 +25,13 @@ from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.models.clip import Clip, ClipConfig
 from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ldm.models.model_config import ModelConfig
-from ldm.models.text import ClipTextConfig
+from ldm.models.text import ClipTextConfig, ClipTextEncoder
 from ldm.models.unet import UNet
 from ldm.training import checkpoint
 from ldm.training.adversarial import Adversarial
 from ldm.training.autoencoder import AutoencoderTraining, Reconstruction, autoencoder_losses, crops
 from ldm.training.clip import ClipTraining, Contrast, clip_losses, normalise_globally, pairs
+from ldm.training.conditioned import Conditioned, token_ids
 from ldm.training.diffusion import DiffusionTraining, diffusion_losses, latent_batches
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Batches, Conduct, Report, train
@@ -40,7 +41,7 @@ from ldm.training.signals import Stopped, caught
 from ldm.training.update import Objective
 from ldm.training.workers import workers
 
-KINDS = ("vae", "gan", "clip", "sigmoid", "unet", "lora")
+KINDS = ("vae", "gan", "clip", "sigmoid", "unet", "conditioned", "lora")
 PICTURES = 28  # an epoch is three and a half batches of eight: most resumptions are in the middle of one
 MODEL = """
 autoencoder: {kind: kl, channels: 8, multipliers: [1, 2], res_blocks: 1, mid_attention: false, groups: 4}
@@ -103,8 +104,14 @@ def clip_task(kind: str, settings: dict[str, Any]) -> Task:
 def unet_task(kind: str, settings: dict[str, Any]) -> Task:
     drawn = torch.Generator().manual_seed(5)
     mean, std = torch.randn(PICTURES, 4, 8, 8, generator=drawn), torch.rand(PICTURES, 4, 8, 8, generator=drawn)
-    cache = LatentCache(mean, std, torch.randn(4, 8, 16, generator=drawn), torch.arange(PICTURES) % 3)
-    unet = UNet(model().unet)
+    unet, conditions = UNet(model().unet), torch.randn(4, 8, 16, generator=drawn)
+    network: nn.Module = unet
+    if kind == "conditioned":
+        text = model().text
+        assert isinstance(text, ClipTextConfig)
+        network = Conditioned(ClipTextEncoder(text), unet)
+        conditions = token_ids(network.text)(["a", "b c", "d", ""])
+    cache = LatentCache(mean, std, conditions, torch.arange(PICTURES) % 3)
     stage: dict[str, Any] = {"side": 16, "pictures": PICTURES, "offset_noise": 0.1, "min_snr_gamma": 5.0, **settings}
     config = LoraTraining(rank=2, **stage) if kind == "lora" else DiffusionTraining(**stage)
     if isinstance(config, LoraTraining):
@@ -114,13 +121,13 @@ def unet_task(kind: str, settings: dict[str, Any]) -> Task:
                 nn.init.normal_(module.proj_out.weight, std=0.1)
         adapt(unet, config)
     objective = diffusion_losses(model(), noise_schedule(model()), config)
-    return unet, objective, latent_batches(cache, config, seed=1), config, ()
+    return network, objective, latent_batches(cache, config, seed=1), config, ()
 
 
 TASKS: dict[str, Callable[[str, dict[str, Any]], Task]] = {
     **dict.fromkeys(("vae", "gan"), autoencoder_task),
     **dict.fromkeys(("clip", "sigmoid"), clip_task),
-    **dict.fromkeys(("unet", "lora"), unet_task),
+    **dict.fromkeys(("unet", "conditioned", "lora"), unet_task),
 }
 
 

@@ -12,8 +12,8 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.model_config import ModelConfig
-from ldm.models.text import TextEncoder
 from ldm.training.batch import Batch, Draws, step_generator
+from ldm.training.conditioned import Condition
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Batches
 from ldm.training.optimization import OptimizationConfig
@@ -50,8 +50,22 @@ class DiffusionTraining(OptimizationConfig):
         return self
 
 
+class UNetTraining(DiffusionTraining):
+    """One stage of the UNet's training from nothing, or of all its weights."""
+
+    # The text tower goes on learning, with the UNet: what CLIP's objective did not teach it (what is left of what, say)
+    # it learns from the pictures' errors.
+    train_text: bool = False
+
+    @model_validator(mode="after")
+    def _reads_captions(self) -> "UNetTraining":
+        if self.train_text and self.latents is not None:
+            raise ValueError("train_text needs captions, and shards of latents hold text states: give pictures instead")
+        return self
+
+
 def latent_batches(cache: LatentCache, config: DiffusionTraining, seed: int) -> Batches:
-    """Batches of (mean, std, text states), and null states, from any step on: order = permutation(seed, epoch)."""
+    """Batches of (mean, std, condition), and the null condition, from any step on: order = permutation(seed, epoch)."""
     mine = workers().share(config.batch_size)
 
     def batches(start: int) -> Iterator[Batch]:
@@ -64,15 +78,15 @@ def latent_batches(cache: LatentCache, config: DiffusionTraining, seed: int) -> 
                 order = torch.randperm(len(cache), generator=step_generator(seed, epoch))
             position = (step % per_epoch) * config.batch_size
             chosen = order[position : position + config.batch_size][mine]
-            rows = cache.mean[chosen], cache.std[chosen], cache.states[cache.caption[chosen]]
-            yield Batch(rows, (cache.states[-1:],), tuple(f"picture {i}" for i in chosen.tolist()))
+            rows = cache.mean[chosen], cache.std[chosen], cache.conditions[cache.caption[chosen]]
+            yield Batch(rows, (cache.conditions[-1:],), tuple(f"picture {i}" for i in chosen.tolist()))
             step += 1
 
     return batches
 
 
 def encoded_batches(
-    pictures: Pictures, config: DiffusionTraining, autoencoder: Autoencoder, text: TextEncoder, device: torch.device
+    pictures: Pictures, config: DiffusionTraining, autoencoder: Autoencoder, condition: Condition, device: torch.device
 ) -> Batches:
     """The same from pictures that are encoded when they are used, by networks that do not learn, on `device`."""
 
@@ -80,11 +94,11 @@ def encoded_batches(
     def encoded(images: Float[Tensor, "b c h w"], captions: tuple[str, ...], null: Tensor) -> Batch:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             posterior = autoencoder.encode(images.to(device).contiguous(memory_format=torch.channels_last))
-        return Batch((posterior.mean, posterior.std, text.encode(captions).tokens), (null,))
+        return Batch((posterior.mean, posterior.std, condition(captions)), (null,))
 
     def batches(start: int) -> Iterator[Batch]:
         with torch.no_grad():
-            null = text.encode([""]).tokens
+            null = condition([""])
         for chosen in pictures(start):
             batch = encoded(chosen.images, chosen.captions, null)
             yield Batch(batch.rows, batch.shared, chosen.keys)

@@ -14,6 +14,7 @@ from ldm.models.text import ClipTextEncoder
 from ldm.models.unet import UNet
 from ldm.training.batch import Batch
 from ldm.training.checkpoint import save_tensors
+from ldm.training.conditioned import Conditioned, token_ids
 from ldm.training.diffusion import DiffusionTraining
 from ldm.training.loop import Batches
 from ldm.training.workers import workers
@@ -49,13 +50,11 @@ class OneMoreWord(nn.Module):
         return torch.where(new[..., None], self.vector, self.embedding(ids.masked_fill(new, 0)))
 
 
-class Inversion(nn.Module):
-    """Text encoder and UNet in one module, which is called as a UNet whose text states (b l 1) are token ids."""
+class Inversion(Conditioned):
+    """A frozen text tower and UNet, and the vector of a new word, which learns."""
 
     def __init__(self, text: ClipTextEncoder, unet: UNet, config: InversionTraining) -> None:
-        super().__init__()
-        self.text = text.requires_grad_(False)
-        self.unet = unet.requires_grad_(False)
+        super().__init__(text.requires_grad_(False), unet.requires_grad_(False))
         _, begin, *rest = text.tokenize([config.begin])[0].tolist()
         if rest[0] != text.config.vocabulary - 1:
             raise SettingError(f"inversion_training.begin: {config.begin!r} is several tokens; use a word that is one")
@@ -74,16 +73,12 @@ class Inversion(nn.Module):
             raise SettingError(f"inversion_training.templates: {word!r} is in {template!r} already; write it otherwise")
         return ids.masked_fill(ids == begin, self.text.config.vocabulary)
 
-    def forward(self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], context: Tensor) -> Float[Tensor, "b c h w"]:
-        states, _ = self.text(context[..., 0].long())
-        return self.unet(x, t, states)
-
 
 def worded(batches: Batches, inversion: Inversion, seed: int) -> Batches:
     """Batches of latents whose text is a template with the new word, drawn by (seed, step, place in the batch)."""
 
     def with_words(start: int) -> Iterator[Batch]:
-        null = inversion.text.tokenize([""])[..., None].float()
+        null = token_ids(inversion.text)([""])
         for step, batch in enumerate(batches(start), start):
             first = workers().rank * len(batch)
             drawn = [key(seed, step, f"template {first + i}") % len(inversion.prompts) for i in range(len(batch))]

@@ -13,19 +13,22 @@ from torch import Tensor
 
 from ldm.images import to_tensor
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.text import TextEncoder
 from ldm.training.checkpoint import load_tensors, save_tensors, save_text
+from ldm.training.conditioned import Condition
 
 Samples = Iterator[tuple[Image.Image, str, dict[str, object]]]
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Posterior mean and standard deviation per picture, and text states per distinct caption (the last is "")."""
+    """Posterior mean and standard deviation per picture, and the condition of each distinct caption (the last is "").
+
+    A condition is the caption's text states, or its token ids where the text tower learns too.
+    """
 
     mean: Float[Tensor, "n c h w"]
     std: Float[Tensor, "n c h w"]
-    states: Float[Tensor, "m l d"]
+    conditions: Float[Tensor, "m l d"]
     caption: Int[Tensor, " n"]
 
     def __len__(self) -> int:
@@ -34,9 +37,9 @@ class LatentCache:
 
 @torch.inference_mode()
 def encode(
-    samples: Samples, count: int, side: int, autoencoder: Autoencoder, text: TextEncoder, bf16: bool, batch: int = 32
+    samples: Samples, count: int, side: int, autoencoder: Autoencoder, condition: Condition, bf16: bool, batch: int = 32
 ) -> Iterator[int | LatentCache]:
-    """Encode `count` pictures at `side`×`side`; yields how many are done, and last the cache (fp16)."""
+    """Encode `count` pictures at `side`×`side`; yields how many are done, and last the cache."""
     means, stds, indices = [], [], []
     captions: dict[str, int] = {}
     done = 0
@@ -53,8 +56,8 @@ def encode(
         done += len(chunk)
         yield done
     known = [*captions, ""]
-    states = [text.encode(known[i : i + 256]).tokens.half() for i in range(0, len(known), 256)]
-    yield LatentCache(torch.cat(means), torch.cat(stds), torch.cat(states), torch.tensor(indices))
+    conditions = [condition(known[i : i + 256]) for i in range(0, len(known), 256)]
+    yield LatentCache(torch.cat(means), torch.cat(stds), torch.cat(conditions), torch.tensor(indices))
 
 
 def resized(image: Image.Image, side: int) -> Image.Image:
@@ -65,7 +68,7 @@ def resized(image: Image.Image, side: int) -> Image.Image:
 def save(path: Path, cache: LatentCache, about: dict[str, object]) -> None:
     """Write a cache, whole or not at all, with what it was made from beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, {name: getattr(cache, name) for name in ("mean", "std", "states", "caption")})
+    save_tensors(path, {name: getattr(cache, name) for name in ("mean", "std", "conditions", "caption")})
     save_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
 

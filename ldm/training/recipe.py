@@ -7,7 +7,7 @@ from ldm.models.clip import ClipConfig
 from ldm.models.model_config import ModelConfig
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.clip import ClipTraining
-from ldm.training.diffusion import DiffusionTraining
+from ldm.training.diffusion import UNetTraining
 from ldm.training.inversion import InversionTraining
 from ldm.training.lora import LoraTraining
 from ldm.training.source import DataConfig
@@ -26,7 +26,7 @@ class Recipe(Config):
     clip: ClipConfig | None = None
     autoencoder_training: AutoencoderTraining | None = None
     clip_training: ClipTraining | None = None
-    unet_training: tuple[DiffusionTraining, ...] = ()
+    unet_training: tuple[UNetTraining, ...] = ()
     # The UNet begins as that of `--base`, whose shape it has, instead of anew.
     fine_tune: bool = False
     lora_training: LoraTraining | None = None

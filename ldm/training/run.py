@@ -50,6 +50,13 @@ class Run:
         """Where a finished stage leaves its tensors."""
         return self.folder / f"{name}.safetensors"
 
+    @property
+    def text(self) -> Path:
+        """The newest text tower: of the last UNet stage that trained it, or of CLIP."""
+        stages = reversed(range(len(self.recipe.unet_training)))
+        trained = [path for path in (self.product(f"text-{index}") for index in stages) if path.is_file()]
+        return trained[0] if trained else self.product("text")
+
     def has(self, name: str) -> bool:
         """Is this product there? All processes get the same answer."""
         return workers().agreed(self.product(name).is_file())
@@ -83,14 +90,14 @@ def model_so_far(run: Run) -> Bundle:
         model = model.model_copy(update={"autoencoder": fitted})
     elif run.base is not None:
         model = model.model_copy(update={"autoencoder": run.base.config.autoencoder})
-    if run.base is not None and not run.product("text").is_file():
+    if run.base is not None and not run.text.is_file():
         model = model.model_copy(update={"text": run.base.config.text})
     torch.manual_seed(run.recipe.seed)
     autoencoder, text, unet = build(ModelConfig.model_validate(model.model_dump()))
-    for name, module in (("autoencoder", autoencoder), ("text", text)):
+    for name, module, path in (("autoencoder", autoencoder, run.product("autoencoder")), ("text", text, run.text)):
         assert isinstance(module, nn.Module)
-        if run.product(name).is_file():
-            module.load_state_dict(load_tensors(run.product(name)))
+        if path.is_file():
+            module.load_state_dict(load_tensors(path))
         elif run.base is not None:
             module.load_state_dict(getattr(run.base, name).state_dict())
         channels_last(module).eval().requires_grad_(False)

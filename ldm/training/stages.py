@@ -21,7 +21,6 @@ from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.models.clip import Clip
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.text import ClipTextConfig, ClipTextEncoder
-from ldm.models.unet import UNet
 from ldm.nn.layers import channels_last
 from ldm.training import latents
 from ldm.training.adversarial import Adversarial
@@ -36,8 +35,10 @@ from ldm.training.autoencoder import (
 )
 from ldm.training.checkpoint import load_tensors, save_tensors, save_text
 from ldm.training.clip import Contrast, clip_losses, normalise_globally, pairs
+from ldm.training.conditioned import Conditioned, text_states, token_ids
 from ldm.training.diffusion import (
     DiffusionTraining,
+    UNetTraining,
     diffusion_losses,
     encoded_batches,
     latent_batches,
@@ -136,26 +137,24 @@ def clip_stage(run: Run) -> Iterator[Report]:
     keep(run, "text", clip.text)
 
 
-def latents_stage(run: Run, side: int, count: int, bf16: bool) -> Iterator[int | LatentCache]:
-    """Encode `count` pictures at `side` pixels; yields how many are done, and last the cache.
+def latents_stage(run: Run, stage: DiffusionTraining, count: int) -> Iterator[int | LatentCache]:
+    """Encode the first `count` pictures for a stage; yields how many are done, and last the cache.
 
     The main process encodes; the others wait for its file.
     """
-    bundle = model_so_far(run)
-    source: dict[str, object] = {
-        name: str(run.product(name).stat().st_mtime_ns)
-        for name in ("autoencoder", "text")
-        if run.product(name).is_file()
-    }
+    bundle, ids = model_so_far(run), trains_text(stage)
+    products = [run.product("autoencoder"), *([] if ids else [run.text])]
+    source: dict[str, object] = {path.stem: str(path.stat().st_mtime_ns) for path in products if path.is_file()}
     if run.base is not None:
         source["base"] = (network_digest(run.base, "autoencoder"), network_digest(run.base, "text"))
-    of = digest([source, run.recipe.data.model_dump(mode="json"), run.recipe.seed, side, count])
+    of = digest([source, run.recipe.data.model_dump(mode="json"), run.recipe.seed, stage.side, count, ids])
     about: dict[str, object] = {"of": of}
-    path = run.folder / "latents" / f"{side}.safetensors"
+    path = run.folder / "latents" / f"{stage.side}.safetensors"
     cache = latents.load(path, about)
     if cache is None and workers().main:
-        samples = run.samples(run.recipe.seed)
-        for report in latents.encode(samples, count, side, bundle.autoencoder, bundle.text, bf16):
+        condition = token_ids(readable(bundle)) if ids else text_states(bundle.text, torch.float16)
+        samples, bf16 = run.samples(run.recipe.seed), stage.precision == "bf16"
+        for report in latents.encode(samples, count, stage.side, bundle.autoencoder, condition, bf16):
             if isinstance(report, LatentCache):
                 cache = report
                 latents.save(path, cache, about)
@@ -183,19 +182,38 @@ def diffusion_batches(
         assert isinstance(module, nn.Module)
         module.to(device)
     pictures = run.pictures(stage.batch_size, stage.side, seed)
-    return encoded_batches(pictures, stage, bundle.autoencoder, bundle.text, device)
+    condition = token_ids(readable(bundle)) if trains_text(stage) else text_states(bundle.text)
+    return encoded_batches(pictures, stage, bundle.autoencoder, condition, device)
+
+
+def trains_text(stage: DiffusionTraining) -> bool:
+    """Whether the text tower learns in this stage."""
+    return isinstance(stage, UNetTraining) and stage.train_text
+
+
+def readable(bundle: Bundle) -> ClipTextEncoder:
+    """The bundle's text tower. Raises SettingError for a model that reads labels."""
+    if not isinstance(bundle.text, ClipTextEncoder):
+        raise SettingError("train_text: this model reads labels, not words; leave train_text out")
+    return bundle.text
 
 
 def unet_stage(run: Run, index: int, cache: LatentCache | None, bundle: Bundle) -> Iterator[Report]:
-    """One stage of the UNet of `bundle`, which is trained in place and starts from what the stage before it left."""
+    """One stage of the UNet of `bundle`, which is trained in place and starts from what the stage before it left.
+
+    Where the text tower learns with it, the stage leaves that too, and later ones read with it.
+    """
     name = f"unet-{index}"
     if run.has(name):
         return
     stage, seed = run.recipe.unet_training[index], run.recipe.seed + index
     if index > 0:
         bundle.unet.load_state_dict(load_tensors(run.product(f"unet-{index - 1}")))
+    network: nn.Module = bundle.unet
+    if stage.train_text:
+        network = Conditioned(readable(bundle).requires_grad_(True), bundle.unet)
     yield from train(
-        bundle.unet,
+        network,
         diffusion_losses(bundle.config, bundle.schedule, stage),
         diffusion_batches(run, stage, bundle, cache, seed),
         stage,
@@ -203,6 +221,8 @@ def unet_stage(run: Run, index: int, cache: LatentCache | None, bundle: Bundle) 
         seed,
         run.conduct,
     )
+    if stage.train_text:
+        keep(run, f"text-{index}", readable(bundle))
     keep(run, name, bundle.unet)
 
 
@@ -261,14 +281,13 @@ def averaged(bundle: Bundle, report: Report) -> Bundle | None:
     averages = report.averages()
     if not workers().main:
         return None
-    unet: UNet = copy.deepcopy(bundle.unet)
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if name in averages:
-                parameter.copy_(averages[name])
-    autoencoder, text = (copy.deepcopy(module).to("cpu") for module in (bundle.autoencoder, bundle.text))  # type: ignore[union-attr]
-    unet.to("cpu").eval().requires_grad_(False)
-    return Bundle(bundle.name, bundle.config, autoencoder, text, unet)
+    drawing, trained = copy.deepcopy(bundle), {}
+    for name in ("autoencoder", "text", "unet"):
+        module: nn.Module = getattr(drawing, name).to("cpu").eval().requires_grad_(False)
+        trained |= {f"{name}.{parameter}": tensor for parameter, tensor in module.named_parameters()}
+    for name, average in averages.items():
+        trained[name if name in trained else f"unet.{name}"].copy_(average)
+    return drawing
 
 
 def finish(run: Run) -> Path:
