@@ -3,13 +3,12 @@
 import random
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from ldm.data.digits import BUNDLED, load
 from ldm.data.scenes import sample_scene, twin
 from ldm.data.shapes import caption, held_out_prompts, render
-from ldm.evaluation.scores import Share, score_digits, score_shapes
+from ldm.evaluation.scores import score_digits, score_shapes
 
 
 def test_true_pictures_score_full_and_their_twins_nothing() -> None:
@@ -26,12 +25,6 @@ def test_held_out_prompts_are_fixed_by_their_seed() -> None:
     for kind in ("one", "two"):
         assert held_out_prompts(50, kind, seed=0) == held_out_prompts(50, kind, seed=0)
         assert held_out_prompts(50, kind, seed=0) != held_out_prompts(50, kind, seed=1)
-
-
-def test_interval_of_a_share_is_wilsons() -> None:
-    low, high = Share(50, 100).interval
-    assert (low, high) == (pytest.approx(0.4038, abs=1e-3), pytest.approx(0.5962, abs=1e-3))
-    assert Share(500, 500).interval[1] == pytest.approx(1.0)
 
 
 def test_probe_reads_real_digits_and_not_shuffled_ones() -> None:

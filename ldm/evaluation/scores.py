@@ -1,39 +1,16 @@
 """How often the pictures of a model are right: shapes as the oracle reads them, digits as a linear probe reads them."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import sqrt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ldm.data.shapes import parse_caption
+from ldm.evaluation.figures import Share, of_share
+from ldm.evaluation.results import Result, digest
 from ldm.evaluation.shapes_oracle import judge, read
-
-
-@dataclass(frozen=True)
-class Share:
-    """`right` of `total`, with the 95 % interval of the share (Wilson 1927)."""
-
-    right: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """The share as a fraction."""
-        return self.right / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper end of the 95 % interval."""
-        z, n, p = 1.96, self.total, self.share
-        centre, spread = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.share:.1f} % ({self.right} of {self.total}; 95 %: {100 * low:.1f} to {100 * high:.1f})"
 
 
 @dataclass(frozen=True)
@@ -45,10 +22,6 @@ class ShapesScore:
     relation: Share
     everything: Share
     wrong: tuple[int, ...]
-
-    def as_json(self) -> dict[str, object]:
-        """Figures as plain values."""
-        return asdict(self)
 
 
 def score_shapes(prompts: Sequence[str], images: Sequence[Image.Image]) -> ShapesScore:
@@ -62,6 +35,21 @@ def score_shapes(prompts: Sequence[str], images: Sequence[Image.Image]) -> Shape
         Share(sum(v.right for v in verdicts), total),
         tuple(i for i, v in enumerate(verdicts) if not v.right),
     )
+
+
+def shapes_results(score: ShapesScore, kind: str, prompts: Sequence[str], made: Mapping[str, object]) -> list[Result]:
+    """The shares as results of the drawn pictures that `made` decided; the prompts of wrong ones are in the last."""
+    decided = {"version": "shapes/1", "pictures": made}
+    wrong = {"wrong": [[i, prompts[i]] for i in score.wrong]}
+    return [
+        Result(f"shapes, {kind}: {what}", "drawn", of_share(share), decided, "%", details=details)
+        for what, share, details in (
+            ("colour, shape and number", score.colour_and_shape, {}),
+            ("number", score.count, {}),
+            ("relation", score.relation, {}),
+            ("everything", score.everything, wrong),
+        )
+    ]
 
 
 def features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -86,3 +74,12 @@ def score_digits(
     drawn = np.stack([np.asarray(image.convert("L")) for image in images])
     right = int((probe.predict(features(drawn)) == np.asarray(asked)).sum())
     return Share(right, len(asked)), Share(real_right, len(held_out))
+
+
+def digits_results(share: Share, on_real: Share, real: NDArray[np.uint8], made: Mapping[str, object]) -> list[Result]:
+    """The shares of `score_digits` as results; `real` are the digits that the probe learned on."""
+    decided = {"version": "digits/1", "real_sha256": digest(real.tobytes().hex())}
+    return [
+        Result("digits read as asked", "drawn", of_share(share), {**decided, "pictures": made}, "%"),
+        Result("digits read as labelled", "held-out real ones", of_share(on_real), decided, "%"),
+    ]
