@@ -1,0 +1,1 @@
+"""Captioned emoji, in several styles, from clones of public collections of drawings."""
