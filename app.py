@@ -1,6 +1,7 @@
 """Open the web page on a model: `python app.py`, then open the address it prints in a browser."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -67,6 +68,8 @@ def main() -> None:
     """Load the model and serve the page until Ctrl-C."""
     args = parser().parse_args()
     check(args)
+    if args.debug:
+        logging.getLogger("ldm.ui").setLevel(logging.DEBUG)
     # So that the folder below is removed then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # What is uploaded lies in a folder of this run alone, which only its user can read.
@@ -78,7 +81,7 @@ def main() -> None:
 def open_page(args: argparse.Namespace) -> None:
     """Everything that needs the libraries."""
     from ldm.bundle import DEFAULT
-    from ldm.machine import find_device, find_dtype
+    from ldm.machine import find_device, find_dtype, keep_freed_memory
     from ldm.ui.models import Models
     from ldm.ui.studio import Limits, Studio
     from ldm.ui.worker import Worker
@@ -89,6 +92,7 @@ def open_page(args: argparse.Namespace) -> None:
         raise MachineError(f"app: {error.name} is not installed; run: make install") from None
     host = "0.0.0.0" if args.listen else args.host
     listening = listen(host, args.port)
+    keep_freed_memory()
     device = find_device(args.device)
     models = Models(args.model or DEFAULT, args.model_dir, str(device), find_dtype(args.dtype, device)[0])
     for problem in models.problems:

@@ -14,7 +14,7 @@ import pydantic
 from pydantic import BeforeValidator
 
 from ldm import prompts
-from ldm.cli import nearest
+from ldm.cli import nearest, printable
 from ldm.config import Config
 from ldm.diffusion.conventions import CONVENTIONS
 from ldm.diffusion.grids import GRIDS
@@ -43,9 +43,8 @@ Value = TypeVar("Value")
 
 
 def shown(value: object) -> str:
-    """A value as an error message quotes it."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:39]}…"
+    """A value as an error message quotes it: on one line, cut, and in characters that can be written."""
+    return printable(str(value), 40)
 
 
 def whole(low: int, high: int, example: int | str) -> Callable[[object], int]:
@@ -171,6 +170,7 @@ class GenerationRequest(Config):
     guidance_rescale: Annotated[float, BeforeValidator(decimal(0.0, 1.0, 0.7))] = 0.0
     guidance_interval: Annotated[tuple[float, float] | None, BeforeValidator(optional(interval))] = None
     perp_neg: Annotated[float, BeforeValidator(decimal(0.0, 30.0, 1.0))] = 0.0
+    reuse: Annotated[int, BeforeValidator(whole(1, 20, 1))] = 1
     prompt_syntax: Annotated[str, BeforeValidator(one_of("prompt syntax", PROMPT_SYNTAXES))] = "plain"
     rng: Annotated[str, BeforeValidator(one_of("rng", RNGS))] = "keyed"
     seed: Annotated[int, BeforeValidator(whole(RANDOM_SEED, SEEDS - 1, "-1 for a random one"))] = RANDOM_SEED

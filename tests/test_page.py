@@ -4,8 +4,10 @@ import base64
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, PngImagePlugin
@@ -18,18 +20,21 @@ from ldm.request import GenerationRequest
 
 gr = pytest.importorskip("gradio")
 
+from starlette.responses import Response  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
+from starlette.types import Receive, Scope, Send  # noqa: E402
 
-from ldm.ui import fields, markup  # noqa: E402
+from ldm.ui import about, fields, guard, markup  # noqa: E402
 from ldm.ui.axes import axis, sheets, table  # noqa: E402
 from ldm.ui.compare import plan  # noqa: E402
 from ldm.ui.history import History, search  # noqa: E402
 from ldm.ui.info import changes, examine, read_text  # noqa: E402
 from ldm.ui.models import Models  # noqa: E402
-from ldm.ui.server import MAX_UPLOAD, application, listen  # noqa: E402
+from ldm.ui.server import application, listen  # noqa: E402
 from ldm.ui.showing import Shown, generate  # noqa: E402
 from ldm.ui.studio import Studio  # noqa: E402
-from ldm.ui.worker import Worker  # noqa: E402
+from ldm.ui.watching import View  # noqa: E402
+from ldm.ui.worker import Place, State, Worker  # noqa: E402
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 
@@ -82,9 +87,13 @@ def test_without_preview_only_the_words_change(studio: Studio) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("prompt", " ", "prompt is empty"),
+        ("prompt", " ", "prompt is empty; write what you want to see"),
+        ("prompt", None, "prompt is empty"),
+        ("negative_prompt", [HOSTILE], "is not text"),
+        ("schedule", "karas", "did you mean &#x27;karras"),
         ("guidance_scale", math.nan, "not a number"),
         ("steps", 2.5, "not a whole number"),
+        ("steps", "\ud800", "\\ud800 is not a whole number"),
         ("width", 65, "nearest: 64 or 80"),
         ("model", HOSTILE, "no model"),
         ("num_images", 5, "at most 4"),
@@ -94,6 +103,7 @@ def test_a_bad_field_is_named_and_nothing_is_drawn(studio: Studio, field: str, v
     before = sorted(studio.outdir.iterdir())
     (shown,) = drawn(studio, **{"prompt": "a star", field: value})
     assert words in shown.status and 'data-state="failed"' in shown.status and HOSTILE not in shown.status
+    assert "--" not in shown.status, "words of the command line"
     assert shown.stage is None and sorted(studio.outdir.iterdir()) == before
 
 
@@ -118,7 +128,32 @@ def test_shape_and_quality_follow_the_models_size(studio: Studio) -> None:
     config = studio.models.config("tiny")  # 64×64 in multiples of 16
     assert [fields.size_of_shape(shape, config) for shape in fields.SHAPES] == [(64, 64), (48, 80), (80, 48)]
     assert fields.shape_of_size(48, 80, config) == "Portrait" and fields.shape_of_size(64, 96, config) is None
-    assert fields.quality_of_steps(30) == "Balanced" and fields.quality_of_steps(31) is None
+    assert [fields.steps_of_quality(quality, config) for quality in fields.QUALITIES] == [2, 4, 8]  # its own is 4
+    assert fields.quality_of_steps(8, config) == "Best" and fields.quality_of_steps(5, config) is None
+
+
+def test_waiting_and_progress_are_said_in_words() -> None:
+    def said(state: State, ahead: int = 0, begins: float | None = None, done: float = 0.0, total: int = 1) -> str:
+        view = View(state, Place(ahead, begins, None), 1, total, 12, 30, done, 12.0, "", ())
+        return re.sub("<[^>]*>", "", markup.progress(view))
+
+    assert said(State.WAITING, 2, 14.2) == "You are 2nd in line · about 14 s"
+    assert said(State.WAITING, 13) == "You are 13th in line" and said(State.WAITING, 21) == "You are 21st in line"
+    assert said(State.RUNNING, done=0.8) == "Drawing · step 12 of 30 · about 3 s left"
+    assert said(State.RUNNING, total=4, done=0.1) == "Image 2 of 4 · step 12 of 30 · about 2 min left"
+    assert "in line" not in said(State.WAITING)  # about to begin
+
+
+def test_about_says_what_is_loaded_and_where(studio: Studio) -> None:
+    studio.models.engine("tiny")
+    facts = about.facts(studio)
+    for words in ("tiny", studio.models.engine("tiny").bundle.sha256, "cpu, float32", str(studio.outdir), "gradio "):
+        assert words in facts
+    assert about.card(studio) == "The model tiny brings no card."
+    card = studio.models.offers["tiny"].path / about.MODEL_CARD
+    card.write_text("# The card", encoding="utf-8")
+    assert about.card(studio) == "# The card"
+    card.unlink()
 
 
 def test_tokens_are_counted_and_the_words_that_are_not_read_are_named(studio: Studio) -> None:
@@ -185,6 +220,7 @@ def test_settings_of_a_picture_come_back_and_say_what_they_change(studio: Studio
         ("[" * 90_000, set()),
         ("{not json", set()),
         ("[1, 2]", set()),
+        ("a star\nSteps: 20, Sampler: Euler a, Seed: 5", set()),  # as AUTOMATIC1111 writes it
     ],
 )
 def test_a_hostile_picture_gives_only_valid_settings(tmp_path: Path, settings: object, usable: set[str]) -> None:
@@ -220,6 +256,9 @@ def test_a_table_has_a_cell_for_each_pair_and_one_seed_for_all() -> None:
         (("Steps", "1, x"), ("nothing", ""), "not a whole number"),
         (("Steps", "1, 2"), ("Steps", "3"), "on both axes"),
         (("Quality", "Balanct"), ("nothing", ""), "did you mean 'Balanced'"),
+        (("Quality", "Fast"), ("Steps", "3"), "quality: it is on both axes"),
+        (("Sampler", "eulr"), ("nothing", ""), "did you mean 'euler'.*Create screen"),
+        (("Stepz", "1"), ("nothing", ""), "axis: no axis 'Stepz' .did you mean 'Steps'"),
         (("Prompt word", "square, star"), ("nothing", ""), "not in the prompt"),
         (("Model", "/etc/passwd"), ("nothing", ""), "no model"),
         (("Seed", ",".join(map(str, range(65)))), ("nothing", ""), "65 pictures are too many"),
@@ -228,6 +267,14 @@ def test_a_table_has_a_cell_for_each_pair_and_one_seed_for_all() -> None:
 def test_a_bad_axis_is_refused(studio: Studio, x: tuple[str, str], y: tuple[str, str], words: str) -> None:
     with pytest.raises(SettingError, match=words):
         plan(studio, (*x, *y), {"prompt": "a circle", "seed": 1}, "tiny")
+
+
+def test_a_quality_is_the_number_of_steps_of_each_cells_model(studio: Studio) -> None:
+    planned = plan(studio, ("Quality", "fast, Best", "nothing", ""), {"prompt": "a circle", "steps": 7}, "tiny")
+    assert [order.request.steps for order in planned.orders] == [2, 8]
+    planned = plan(studio, ("Model", "tiny, shapes-256", "Quality", "Balanced"), {"prompt": "a circle"}, "tiny")
+    own = [studio.models.config(name).sampling.steps for name in ("tiny", "shapes-256")]
+    assert [order.request.steps for order in planned.orders] == own and own[0] != own[1]
 
 
 def test_sheets_have_every_picture_at_its_place_and_at_most_32_megapixels() -> None:
@@ -273,6 +320,7 @@ def test_pictures_are_served_by_name_and_nothing_else_is(studio: Studio, client:
         ({"origin": "http://127.0.0.1:7860"}, 200),
         ({"origin": "http://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://[x"}, 403),
         ({"origin": "http://127.0.0.1:8000"}, 403),
     ],
 )
@@ -299,9 +347,28 @@ def test_the_page_may_ask_nobody_else(client: TestClient) -> None:
 
 
 def test_a_large_upload_is_refused(client: TestClient) -> None:
-    assert MAX_UPLOAD == "20mb"
     answer = client.post("/gradio_api/upload", files={"files": ("x.png", b"x" * (21 * 1024 * 1024))})
     assert answer.status_code == 413
+
+
+def test_uploads_within_an_hour_have_a_limit_and_other_requests_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(guard, "monotonic", lambda: now)
+    monkeypatch.setattr(guard, "MAX_UPLOADS", 2500)
+
+    async def inside(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response("in")(scope, receive, send)
+
+    client = TestClient(guard.Guard(inside), base_url="http://127.0.0.1:7860")
+
+    def answer(path: str, content: Any) -> int:
+        return client.post(f"/gradio_api/{path}", content=content).status_code
+
+    assert [answer("upload", b"x" * 1000) for _ in range(3)] == [200, 200, 413]
+    now = guard.UPLOADS_KEPT_SECONDS + 1.0
+    assert answer("upload", b"x" * 1000) == 200
+    assert answer("upload", iter([b"x"])) == 411  # who does not say how much
+    assert [answer("run/predict", b"x" * (guard.MAX_BODY + more)) for more in (0, 1)] == [200, 413]
 
 
 def test_the_endpoints_have_the_command_lines_names(client: TestClient) -> None:

@@ -1,13 +1,17 @@
 """One job runs and the others wait: order, places, stopping, leaving, and what a watcher sees; no model, no page."""
 
+import gc
+import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from PIL import Image
 
 from ldm.bundle import Bundle
@@ -19,7 +23,7 @@ from ldm.request import GenerationRequest
 from ldm.ui.drawing import Drawing, Moment, split
 from ldm.ui.models import Models
 from ldm.ui.studio import Limits, Studio
-from ldm.ui.watching import View, watch
+from ldm.ui.watching import PREVIEW_EVERY_SECONDS, View, watch
 from ldm.ui.worker import Job, State, Work, Worker
 
 SECONDS = 60.0  # how long a test waits at most for what should come at once
@@ -142,8 +146,6 @@ def test_an_error_is_said_in_words_and_the_next_job_runs(worker: Worker, caplog:
 
 
 def test_an_error_keeps_nothing_of_what_it_was_about_in_memory(worker: Worker) -> None:
-    import weakref
-
     class Tensor:
         pass
 
@@ -208,11 +210,12 @@ def views(worker: Worker, scene: Scene) -> list[View]:
 
 
 def test_fast_steps_are_shown_at_most_once_in_150_ms_and_the_first_and_last_always(worker: Worker) -> None:
-    scene = Scene([0.01] * 49 + [0.0])
+    scene, began = Scene([0.01] * 49 + [0.0]), time.monotonic()
     seen = [view.step for view in views(worker, scene) if view.step]
-    # Half a second of steps: the first, one each 150 ms, the last, and the end of the job.
+    # Half a second of steps, on a busy machine more: the first, one each 150 ms, the last, and the end of the job.
+    most = (time.monotonic() - began) / PREVIEW_EVERY_SECONDS + 4
     assert seen[0] == 1 and 50 in seen
-    assert 3 <= scene.engine.looks <= 8
+    assert 3 <= scene.engine.looks <= most
 
 
 def test_slow_steps_are_all_shown(worker: Worker) -> None:
@@ -295,11 +298,37 @@ def test_each_picture_of_a_request_is_the_engines_own(studio: Studio, tiny_bundl
         assert Image.open(picture.path).tobytes() == known.image.tobytes()
 
 
-def test_switching_models_lets_go_of_the_one_before(tiny_folder: Path, tmp_path: Path) -> None:
-    import gc
-    import shutil
-    import weakref
+def test_a_run_that_has_no_memory_says_what_to_do_keeps_nothing_and_the_next_one_works(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autoencoder = studio.models.engine("tiny").bundle.autoencoder
+    latents: list[weakref.ref[torch.Tensor]] = []
 
+    def decode(latent: torch.Tensor) -> torch.Tensor:
+        latents.append(weakref.ref(latent))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(autoencoder, "decode", decode)
+    job, drawing = studio.draw("a", studio.orders("tiny", {"prompt": "a star", "steps": 2, "seed": 5}))
+    words = "memory: not enough for a picture of 64x64; use a smaller size, a smaller model, or close other programs"
+    assert end(job).error == words and drawing.pictures == ()
+    studio.memory("a").recording = None  # the steps of the last picture are kept on purpose
+    gc.collect()
+    assert latents[0]() is None
+    monkeypatch.undo()
+    job, drawing = studio.draw("a", studio.orders("tiny", {"prompt": "a star", "steps": 2, "seed": 5}))
+    assert end(job).state is State.DONE and len(drawing.pictures) == 1
+
+
+def test_a_page_that_orders_twice_gets_both_one_after_the_other(studio: Studio) -> None:
+    orders = [studio.orders("tiny", {"prompt": "a star", "steps": 2, "seed": seed}) for seed in (1, 2)]
+    drawn = [studio.draw("a", order) for order in orders]
+    for job, drawing in drawn:
+        end(job)
+        assert [picture.settings["seed"] for picture in drawing.pictures] == drawing.orders[0].request.seeds
+
+
+def test_switching_models_lets_go_of_the_one_before(tiny_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "models" / "other")
     shutil.copytree(tiny_folder, tmp_path / "models" / "tiny")
     models = Models(str(tiny_folder), [tmp_path / "models"])

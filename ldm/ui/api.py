@@ -3,6 +3,7 @@
 import gradio as gr
 
 from ldm.errors import LdmError
+from ldm.ui.answering import owner, refusal
 from ldm.ui.axes import NOTHING
 from ldm.ui.compare import plan
 from ldm.ui.drawing import Drawing, Order
@@ -14,21 +15,16 @@ from ldm.ui.watching import watch
 from ldm.ui.worker import State
 
 
-def refuse(error: object) -> gr.Error:
-    """An error message for a program: the line that the command line prints."""
-    return gr.Error(str(error), print_exception=False)
-
-
-def follow(studio: Studio, owner: str, orders: list[Order]) -> list[dict[str, object]]:
+def follow(studio: Studio, name: str, orders: list[Order]) -> list[dict[str, object]]:
     """Draw orders and wait for the end; the pictures in order. Raises gr.Error where it fails or is stopped."""
     try:
-        job, drawing = studio.draw(owner, orders)
+        job, drawing = studio.draw(name, orders)
     except LdmError as error:
-        raise refuse(error) from None
+        raise refusal(error) from None
     for view in watch(studio.worker, job, drawing, preview=False):
         last = view
     if last.state is State.FAILED:
-        raise refuse(last.error)
+        raise refusal(last.error)
     return results(drawing)
 
 
@@ -72,8 +68,8 @@ def build(studio: Studio, history: History) -> None:
         try:
             orders = studio.orders(model or studio.models.first, given)
         except LdmError as error:
-            raise refuse(error) from None
-        return follow(studio, str(request.session_hash), orders)
+            raise refusal(error) from None
+        return follow(studio, owner(request), orders)
 
     def compare(
         request: gr.Request,
@@ -90,15 +86,15 @@ def build(studio: Studio, history: History) -> None:
         try:
             planned = plan(studio, (x, x_values, y, y_values), {"prompt": prompt, "seed": seed}, name)
         except LdmError as error:
-            raise refuse(error) from None
-        return follow(studio, str(request.session_hash), planned.orders)
+            raise refusal(error) from None
+        return follow(studio, owner(request), planned.orders)
 
     def info(name: str) -> dict[str, object]:
         """What a picture of the output folder says of itself: usable settings, and what is ignored and why."""
         try:
             found = examine(read_text(history.find(str(name))))
         except LdmError as error:
-            raise refuse(error) from None
+            raise refusal(error) from None
         return {"settings": found.usable, "ignored": found.ignored, "text": found.text}
 
     for endpoint in (txt2img, compare, info):

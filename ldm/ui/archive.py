@@ -6,9 +6,9 @@ from pathlib import Path
 
 import gradio as gr
 
-from ldm.errors import DataError, LdmError
+from ldm.errors import DataError, LdmError, SettingError
 from ldm.ui import fields, markup
-from ldm.ui.create import CHOOSE, LOOK, Create, values
+from ldm.ui.create import CHOOSE, LOOK, Create, chosen_name, values
 from ldm.ui.history import History, search
 from ldm.ui.info import Info, changes, examine, read_text
 from ldm.ui.studio import Studio
@@ -33,7 +33,7 @@ def grid(
     given = ("" if model == ANY else model, "" if day == ANY else day)
     found = search(history.entries(), words or "", *given, starred)
     pages = max(1, -(-len(found) // PER_PAGE))
-    page = max(1, min(int(page or 1), pages))
+    page = max(1, min(fields.whole(page, 1), pages))
     shown = found[(page - 1) * PER_PAGE : page * PER_PAGE]
     count = f'<p class="hint" role="status">{len(found)} picture{"" if len(found) == 1 else "s"}</p>'
     return count + markup.thumbnails(shown, "No pictures here.", chosen), gr.update(
@@ -71,7 +71,7 @@ def history_screen(studio: Studio, history: History, screen: Create, tab: gr.Tab
         return gr.update(choices=[ANY, *models]), gr.update(choices=[ANY, *days]), *look(*given)
 
     def choose(event: gr.EventData) -> tuple[str, str]:
-        return event.name, details(history, event.name)
+        return (name := chosen_name(event)), details(history, name)
 
     def apply(name: str, now: str) -> list[object]:
         try:
@@ -146,7 +146,9 @@ def info_screen(studio: Studio, screen: Create, tabs: gr.Tabs, home: str) -> Non
         ]
         return "".join(parts), info, gr.update(interactive=True)
 
-    def apply(info: Info, now: str) -> list[object]:
+    def apply(info: Info | None, now: str) -> list[object]:
+        if info is None:
+            raise SettingError("picture: none is given; drop a PNG here first")
         return [*used(studio, info, now), gr.update(selected=home)]
 
     file.change(look, [file, *screen.components], [found, read, use], **LOOK)

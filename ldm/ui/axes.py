@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm.cli import nearest
+from ldm.diffusion.grids import GRIDS
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import SettingError
-from ldm.request import RANDOM_SEED, resolve_seed
+from ldm.request import RANDOM_SEED, resolve_seed, shown
+from ldm.ui.fields import QUALITIES
 
 MAX_CELLS = 64
 MAX_SHEET_PIXELS = 32_000_000
 NOTHING = "nothing"
-QUALITIES = {"Fast": 15, "Balanced": 30, "Best": 50}
 LABEL_HEIGHT = 28
 
 Settings = dict[str, object]
@@ -32,13 +34,17 @@ def _setting(key: str) -> Callable[[list[str]], list[Callable[[Settings], Settin
     return lambda values: [lambda settings, value=value: {**settings, key: value} for value in values]  # type: ignore[misc]
 
 
-def _quality(values: list[str]) -> list[Callable[[Settings], Settings]]:
-    known = {name.casefold(): steps for name, steps in QUALITIES.items()}
-    for value in values:
-        if value.casefold() not in known:
-            hint = nearest(value, list(QUALITIES))
-            raise SettingError(f"quality: no quality {value!r}{hint}; use {', '.join(QUALITIES)}")
-    return _setting("steps")([str(known[value.casefold()]) for value in values])
+def _named(key: str, known: Sequence[str], where: str) -> Callable[[list[str]], list[Callable[[Settings], Settings]]]:
+    """Values that replace one setting and are among the names that are known, in any case."""
+    names = {name.casefold(): name for name in known}
+
+    def changes(values: list[str]) -> list[Callable[[Settings], Settings]]:
+        for value in values:
+            if value.casefold() not in names:
+                raise SettingError(f"{key}: no {key} {shown(value)!r}{nearest(value[:100], known)}; {where}")
+        return _setting(key)([names[value.casefold()] for value in values])
+
+    return changes
 
 
 def _word(values: list[str]) -> list[Callable[[Settings], Settings]]:
@@ -57,9 +63,9 @@ AXES: dict[str, Callable[[list[str]], list[Callable[[Settings], Settings]]]] = {
     "Seed": _setting("seed"),
     "Steps": _setting("steps"),
     "Guidance": _setting("guidance_scale"),
-    "Sampler": _setting("sampler"),
-    "Schedule": _setting("schedule"),
-    "Quality": _quality,
+    "Sampler": _named("sampler", list(SAMPLERS), "the list is on the Create screen under Advanced"),
+    "Schedule": _named("schedule", list(GRIDS), "the list is on the Create screen under Advanced"),
+    "Quality": _named("quality", QUALITIES, f"use {', '.join(QUALITIES)}"),
     "Prompt word": _word,
     "Model": _setting("model"),
 }
@@ -79,6 +85,8 @@ def axis(name: str, values: str) -> Axis:
     """The axis of that name through comma-separated `values`. Raises SettingError for values it does not know."""
     if name == NOTHING:
         return Axis(name, [""], [lambda settings: settings])
+    if name not in AXES:
+        raise SettingError(f"axis: no axis {shown(name)!r}{nearest(name[:100], list(AXES))}; use {', '.join(AXES)}")
     labels = [value.strip() for value in values.split(",") if value.strip()]
     if not labels:
         raise SettingError(f"{name.lower()}: no values; write for example {EXAMPLES[name]}")
@@ -88,9 +96,13 @@ def axis(name: str, values: str) -> Axis:
 
 
 def table(x: Axis, y: Axis, settings: Mapping[str, object]) -> list[Settings]:
-    """The settings of every cell, row by row. A random seed is drawn once, so that cells differ by the axes alone."""
-    if x.name == y.name != NOTHING:
-        raise SettingError(f"{x.name.lower()}: it is on both axes; choose another for Y")
+    """The settings of every cell, row by row. A random seed is drawn once, so that cells differ by the axes alone.
+
+    A quality stays under its name: how many steps it is, the model of the cell says.
+    """
+    if x.name == y.name != NOTHING or {x.name, y.name} == {"Steps", "Quality"}:
+        also = "" if x.name == y.name else " (a quality is a number of steps)"
+        raise SettingError(f"{x.name.lower()}: it is on both axes{also}; choose another for Y")
     if (count := len(x.labels) * len(y.labels)) > MAX_CELLS:
         raise SettingError(f"compare: {count} pictures are too many; use at most {MAX_CELLS}")
     base = dict(settings)

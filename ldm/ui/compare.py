@@ -11,8 +11,9 @@ from ldm.errors import LdmError, SettingError
 from ldm.images import save_png
 from ldm.outputs import reserved
 from ldm.ui import fields, markup
+from ldm.ui.answering import owner
 from ldm.ui.axes import AXES, EXAMPLES, NOTHING, Axis, axis, sheets, table
-from ldm.ui.create import CHOOSE, LOOK, QUIET, Component, Create, values
+from ldm.ui.create import CHOOSE, DRAW, LOOK, Component, Create, chosen_name, failed_line, values
 from ldm.ui.drawing import Order, Picture, check_size
 from ldm.ui.studio import Studio
 from ldm.ui.watching import watch
@@ -35,12 +36,15 @@ class Plan:
         return markup.comparison(names, labels, self.orders, pictures, preview, index)
 
 
-def plan(studio: Studio, axes: Sequence[str], settings: Mapping[str, object], model: str) -> Plan:
+def plan(studio: Studio, axes: Sequence[object], settings: Mapping[str, object], model: str) -> Plan:
     """What is to be drawn. `axes` are name and values of X, then of Y. Raises SettingError for what cannot be."""
-    x, y = axis(*axes[:2]), axis(*axes[2:4])
+    x_name, x_values, y_name, y_values = (str(value or "") for value in axes)
+    x, y = axis(x_name, x_values), axis(y_name, y_values)
     orders = []
     for cell in table(x, y, {**settings, "num_images": 1, "model": model}):
         name = str(cell.pop("model"))
+        if "quality" in cell:
+            cell["steps"] = fields.steps_of_quality(str(cell.pop("quality")), studio.models.config(name))
         orders.append(Order(name, studio.resolved(name, cell).model_copy(update={"batch_size": 1})))
     check_size(orders, studio.limits.max_pixels)
     return Plan(x, y, orders)
@@ -49,7 +53,7 @@ def plan(studio: Studio, axes: Sequence[str], settings: Mapping[str, object], mo
 def plan_of_page(studio: Studio, given: Sequence[object]) -> Plan:
     """The plan of the four fields of this screen and the fields of the Create screen."""
     made = dict(zip(fields.NAMES, given[4:], strict=True))
-    return plan(studio, [str(value or "") for value in given[:4]], fields.settings(made), str(made["model"]))
+    return plan(studio, given[:4], fields.settings(made), str(made["model"]))
 
 
 def cost_words(studio: Studio, orders: list[Order]) -> str:
@@ -126,8 +130,8 @@ def build(studio: Studio, screen: Create, tab: gr.Tab, tabs: gr.Tabs, home: str)
         use = gr.Button("Use this cell", size="sm", min_width=90, interactive=False)
         sheet = gr.Button("Save as one picture", size="sm", min_width=120)
         links = gr.HTML(elem_id="compare-links")
-    x.input(lambda name: EXAMPLES[name], x, x_values, **LOOK)
-    y.input(lambda name: EXAMPLES.get(name, ""), y, y_values, **LOOK)
+    x.input(lambda name: EXAMPLES.get(str(name), ""), x, x_values, **LOOK)
+    y.input(lambda name: EXAMPLES.get(str(name), ""), y, y_values, **LOOK)
     buttons = {"start": start, "stop": stop, "use": use, "sheet": sheet}
     parts = Parts([x, x_values, y, y_values], buttons, cost, status, cells, links)
     planned, drawn = gr.State(None), gr.State(())
@@ -152,16 +156,16 @@ def _connect_drawing(
         except LdmError as error:
             yield markup.failure(str(error)), gr.skip(), gr.skip(), gr.skip()
             return
-        for said, shown, pictures in run(studio, str(request.session_hash), ready):
+        for said, shown, pictures in run(studio, owner(request), ready):
             yield said, shown, ready, pictures
 
     def stop(request: gr.Request) -> None:
-        studio.stop(str(request.session_hash))
+        studio.stop(owner(request))
 
     inputs, outputs = [*parts.axes, *screen.components], [parts.status, parts.cells, planned, drawn]
-    running = {**QUIET, "concurrency_limit": None, "trigger_mode": "multiple"}
-    gr.on([part.change for part in parts.axes] + [tab.select], count, inputs, parts.cost, **LOOK)
-    parts.buttons["start"].click(draw, inputs, outputs, **running)
+    gr.on([part.change for part in parts.axes] + [tab.select], count, inputs, parts.cost, preprocess=False, **LOOK)
+    drawing = parts.buttons["start"].click(draw, inputs, outputs, **DRAW)
+    drawing.failure(None, None, parts.status, js=failed_line("Start"), **LOOK)
     parts.buttons["stop"].click(stop, **LOOK)
 
 
@@ -171,13 +175,18 @@ def _connect_results(
     """What can be done with the pictures: choose one and use its settings, and save them all as one."""
     chosen = gr.State(None)
 
-    def choose(ready: Plan, event: gr.EventData) -> tuple[int, object, str]:
-        index = int(event.name)
+    def choose(ready: Plan | None, event: gr.EventData) -> tuple[int, object, str]:
+        name = chosen_name(event)
+        if ready is None or name not in map(str, range(len(ready.orders))):
+            raise SettingError("compare: there is no such picture; press Start")
+        index = int(name)
         request = ready.orders[index].request
         said = f"Chosen: {request.sampler}, {request.steps} steps, guidance {request.guidance_scale:g}"
         return index, gr.update(interactive=True), markup.status(said)
 
-    def apply(ready: Plan, index: int) -> list[object]:
+    def apply(ready: Plan | None, index: int | None) -> list[object]:
+        if ready is None or index is None:
+            raise SettingError("compare: no picture is chosen; press on one")
         order = ready.orders[index]
         made = fields.from_picture(order.request.settings(), order.model, studio.models.config(order.model))
         return [*values(made), gr.update(selected=home)]

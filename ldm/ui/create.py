@@ -10,11 +10,11 @@ import gradio as gr
 
 from ldm.diffusion.grids import GRIDS
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.errors import LdmError
+from ldm.errors import LdmError, SettingError
 from ldm.models.model_config import ModelConfig
 from ldm.request import MAX_PROMPT, SEEDS
 from ldm.ui import fields, markup
-from ldm.ui.axes import QUALITIES
+from ldm.ui.answering import owner
 from ldm.ui.drawing import Picture
 from ldm.ui.history import History
 from ldm.ui.showing import Shown, generate, strip_of
@@ -30,6 +30,9 @@ Component = Any
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 # For a handler that only looks: it never waits for a picture, and the last of many calls counts.
 LOOK: dict[str, Any] = {**QUIET, "queue": False, "trigger_mode": "always_last"}
+# Every press is taken: the line, not the button, says who is next. The request checks the values, not the components:
+# so they are refused in its words, under their fields.
+DRAW: dict[str, Any] = {**QUIET, "concurrency_limit": None, "trigger_mode": "multiple", "preprocess": False}
 # A press on a picture tells its handler which one it was.
 CHOOSE = """element.addEventListener("click", (event) => {
   const chosen = event.target.closest("[data-name]");
@@ -42,6 +45,17 @@ RESTORE = """(stored, ...now) => {
   return known ? stored : now;
 }"""
 STORED_FIELDS = "ldm-fields-1"
+
+
+def chosen_name(event: gr.EventData) -> str:
+    """What `CHOOSE` sends, where a press on a picture sent this."""
+    return str(event._data.get("name", "")) if isinstance(event._data, dict) else ""
+
+
+def failed_line(button: str) -> str:
+    """A script for the status line when the server did not take or did not finish a request to draw."""
+    line = json.dumps(markup.failure(f"page: the server did not answer; press {button} again"))
+    return f'() => {line}.replace(/data-at="[0-9]+"/, `data-at="${{Date.now()}}"`)'
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,7 @@ def _fields(studio: Studio, start: Mapping[str, object]) -> dict[str, Component]
         return {"value": start[name], "elem_id": name.replace("_", "-"), **more}
 
     made: dict[str, Component] = {}
+    best = [fields.steps_of_quality("Best", offer.config) for offer in studio.models.offers.values()]
     with gr.Column(elem_id="rest", elem_classes="rest"):
         made["negative_prompt"] = gr.Textbox(
             label="Negative prompt", placeholder="What you do not want to see", max_length=MAX_PROMPT,
@@ -144,9 +159,11 @@ def _fields(studio: Studio, start: Mapping[str, object]) -> dict[str, Component]
                 1, studio.limits.max_images, step=1, label="Images", min_width=110, buttons=[], **value("num_images")
             )
         with gr.Row(elem_classes="pair"):
-            made["quality"] = gr.Radio(list(QUALITIES), label="Quality", min_width=270, scale=2, **value("quality"))
+            made["quality"] = gr.Radio(
+                list(fields.QUALITIES), label="Quality", min_width=270, scale=2, **value("quality")
+            )
             made["steps"] = gr.Slider(
-                1, fields.MAX_STEPS_SHOWN, step=1, label="Steps", min_width=110, buttons=[], **value("steps")
+                1, max(fields.STEPS_SHOWN, *best), step=1, label="Steps", min_width=110, buttons=[], **value("steps")
             )
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             made |= _advanced(studio, value)
@@ -188,27 +205,37 @@ def _connect_drawing(studio: Studio, history: History, screen: Create) -> None:
 
     def draw(request: gr.Request, *given: object) -> Iterator[tuple[object, ...]]:
         made = dict(zip(fields.NAMES, given, strict=True))
-        for shown in generate(studio, history, str(request.session_hash), made):
+        for shown in generate(studio, history, owner(request), made):
             yield shown.updates()
 
     def stop(request: gr.Request) -> None:
-        studio.stop(str(request.session_hash))
+        studio.stop(owner(request))
 
     def skip(request: gr.Request) -> None:
-        studio.skip(str(request.session_hash))
+        studio.skip(owner(request))
 
-    def next_seed(last: Mapping[str, object], count: int) -> tuple[int, str]:
-        return (int(str(last["seed"])) + int(count)) % SEEDS, fields.KEEP_SEED
+    def next_seed(last: Mapping[str, object] | None, count: int) -> tuple[int, str]:
+        return (seed_of(last) + fields.whole(count, 1)) % SEEDS, fields.KEEP_SEED
 
-    # Every press is taken: the line, not the button, says who is next.
-    running = {**QUIET, "concurrency_limit": None, "trigger_mode": "multiple"}
     buttons, seed = screen.buttons, [screen.fields["seed"], screen.fields["seed_mode"]]
-    buttons["go"].click(draw, screen.components, screen.outputs, **running)
-    buttons["vary"].click(next_seed, [screen.last, screen.fields["num_images"]], seed, **LOOK).then(
-        draw, screen.components, screen.outputs, **running
+    varied = buttons["vary"].click(
+        next_seed, [screen.last, screen.fields["num_images"]], seed, preprocess=False, **LOOK
     )
+    for drawing in (
+        buttons["go"].click(draw, screen.components, screen.outputs, **DRAW),
+        varied.success(draw, screen.components, screen.outputs, **DRAW),
+    ):
+        drawing.failure(None, None, screen.status, js=failed_line("Generate"), **LOOK)
     buttons["stop"].click(stop, **LOOK)
     buttons["skip"].click(skip, **LOOK)
+
+
+def seed_of(last: Mapping[str, object] | None) -> int:
+    """The seed of the picture that is shown. Raises SettingError where none is, or where it does not say."""
+    seed = (last or {}).get("seed")
+    if not isinstance(seed, int):
+        raise SettingError("seed: no picture with a seed is shown; draw one, or choose one below")
+    return seed
 
 
 def _connect_results(studio: Studio, history: History, screen: Create) -> None:
@@ -216,7 +243,7 @@ def _connect_results(studio: Studio, history: History, screen: Create) -> None:
 
     def keep(request: gr.Request) -> tuple[object, ...]:
         try:
-            picture = studio.save_kept(str(request.session_hash))
+            picture = studio.save_kept(owner(request))
         except LdmError as error:
             return Shown(markup.failure(str(error))).updates()
         said = markup.status(f"Saved {picture.path}", "done")
@@ -224,7 +251,8 @@ def _connect_results(studio: Studio, history: History, screen: Create) -> None:
         return Shown(said, stage, (picture,), strip_of(history)).updates()
 
     def look_at(event: gr.EventData) -> tuple[object, ...]:
-        entry = next((one for one in history.entries() if one.name == event.name), None)
+        name = chosen_name(event)
+        entry = next((one for one in history.entries() if one.name == name), None)
         if entry is None:
             return Shown(markup.failure("picture: it is not in the folder any more"), strip=strip_of(history)).updates()
         picture = Picture(0, entry.path, entry.settings)
@@ -232,13 +260,13 @@ def _connect_results(studio: Studio, history: History, screen: Create) -> None:
         return Shown(said, markup.stage(1, [picture], alt=entry.prompt), (picture,)).updates()
 
     def usable(last: Mapping[str, object] | None) -> list[object]:
-        return [gr.update(interactive=bool(last) and isinstance((last or {}).get("seed"), int))] * 2
+        return [gr.update(interactive=isinstance((last or {}).get("seed"), int))] * 2
 
     buttons, seed = screen.buttons, [screen.fields["seed"], screen.fields["seed_mode"]]
     buttons["save"].click(keep, None, screen.outputs, concurrency_limit=None, **QUIET)
     screen.strip.click(look_at, None, screen.outputs, **LOOK)
     screen.last.change(usable, screen.last, [buttons["same"], buttons["vary"]], **LOOK)
-    buttons["same"].click(lambda last: (last["seed"], fields.KEEP_SEED), screen.last, seed, **LOOK)
+    buttons["same"].click(lambda last: (seed_of(last), fields.KEEP_SEED), screen.last, seed, **LOOK)
 
 
 def _count_tokens(studio: Studio, screen: Create, counter: gr.HTML) -> None:
@@ -257,19 +285,27 @@ def _connect_fields(studio: Studio, screen: Create) -> None:
     def of_model(name: str, *kept: object) -> list[object]:
         return values({**fields.defaults(name, config(name)), **dict(zip(KEPT_BETWEEN_MODELS, kept, strict=True))})
 
+    # Fields take whatever is typed; what is wrong with it is said when it is used.
+    look = {**LOOK, "preprocess": False}
     kept = [made[name] for name in KEPT_BETWEEN_MODELS]
-    made["model"].input(of_model, [made["model"], *kept], screen.components, **LOOK)
+    made["model"].input(of_model, [made["model"], *kept], screen.components, **look)
     made["shape"].input(
         lambda shape, model: fields.size_of_shape(shape, config(model)),
-        [made["shape"], made["model"]], [made["width"], made["height"]], **LOOK,
+        [made["shape"], made["model"]], [made["width"], made["height"]], **look,
     )  # fmt: skip
     gr.on(
         [made["width"].input, made["height"].input],
         lambda width, height, model: fields.shape_of_size(width, height, config(model)),
-        [made["width"], made["height"], made["model"]], made["shape"], **LOOK,
+        [made["width"], made["height"], made["model"]], made["shape"], **look,
     )  # fmt: skip
-    made["quality"].input(lambda quality: QUALITIES[quality], made["quality"], made["steps"], **LOOK)
-    made["steps"].input(fields.quality_of_steps, made["steps"], made["quality"], **LOOK)
+    made["quality"].input(
+        lambda quality, model: fields.steps_of_quality(quality, config(model)),
+        [made["quality"], made["model"]], made["steps"], **look,
+    )  # fmt: skip
+    made["steps"].input(
+        lambda steps, model: fields.quality_of_steps(steps, config(model)),
+        [made["steps"], made["model"]], made["quality"], **look,
+    )  # fmt: skip
     gr.on(
         [component.change for component in screen.components], None, screen.components, screen.stored,
         js="(...values) => [values]", **QUIET,

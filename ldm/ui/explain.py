@@ -6,7 +6,9 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from ldm.errors import DataError, LdmError
+from ldm.errors import LdmError
+from ldm.ui import fields
+from ldm.ui.answering import owner
 from ldm.ui.create import LOOK
 from ldm.ui.drawing import as_jpeg_address
 from ldm.ui.history import History
@@ -31,12 +33,12 @@ def three(pictures: list[tuple[Image.Image, str]]) -> str:
     return f'<div class="pictures3">{"".join(made)}</div>'
 
 
-def steps_of(studio: Studio, owner: str, number: int) -> str:
-    """What the recorded step of that number, from 1, looked like."""
-    recording = studio.memory(owner).recording
+def steps_of(studio: Studio, name: str, number: int) -> str:
+    """What the step of that number, from 1, looked like, of the picture that this page drew last."""
+    recording = studio.memory(name).recording
     if recording is None or not recording.steps:
         return '<p class="hint">Draw a picture first; its steps are then here.</p>'
-    number = max(1, min(int(number), len(recording.steps)))
+    number = max(1, min(number, len(recording.steps)))
     try:
         noisy, clean = frame(recording, number - 1)
     except LdmError as error:
@@ -57,8 +59,8 @@ def forward_of(studio: Studio, history: History, uploaded: str | None, timestep:
     if loaded is None:
         return '<p class="hint">A model is being loaded; move the slider again in a moment.</p>'
     try:
-        made = noised(loaded[1], Path(uploaded) if uploaded else entries[0].path, int(timestep))
-    except DataError as error:
+        made = noised(loaded[1], Path(uploaded) if uploaded else entries[0].path, timestep)
+    except LdmError as error:
         return f'<p class="hint">{escape(str(error))}</p>'
     signal, noise = made.alpha**0.5, (1 - made.alpha) ** 0.5
     words = f"t = {timestep}: √ᾱ = {signal:.3f}, √(1−ᾱ) = {noise:.3f}, σ = {made.sigma:.3g}"
@@ -80,17 +82,18 @@ def build(studio: Studio, history: History, tab: gr.Tab) -> None:
     poured = gr.HTML(elem_id="forward-frames")
 
     def step(value: int, request: gr.Request) -> str:
-        return steps_of(studio, str(request.session_hash), value)
+        return steps_of(studio, owner(request), fields.whole(value, 1))
 
     def pour(value: int, file: str | None) -> str:
-        return forward_of(studio, history, file, value)
+        return forward_of(studio, history, file, fields.whole(value, 0))
 
     def enter(value: int, file: str | None, request: gr.Request) -> tuple[object, str, str]:
-        recording = studio.memory(str(request.session_hash)).recording
+        name = owner(request)
+        recording = studio.memory(name).recording
         count = len(recording.steps) if recording is not None else 1
         shown = max(1, count // 3)
         slider = gr.update(maximum=max(2, count), value=shown)
-        return slider, steps_of(studio, str(request.session_hash), shown), pour(value, file)
+        return slider, steps_of(studio, name, shown), pour(value, file)
 
     number.change(step, number, frames, **LOOK)
     gr.on([timestep.change, uploaded.change], pour, [timestep, uploaded], poured, **LOOK)

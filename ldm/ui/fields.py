@@ -1,16 +1,17 @@
 """The fields of the Create screen: what they are called, how they hang together, and the settings they stand for."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from ldm.errors import SettingError
 from ldm.models.model_config import ModelConfig
 from ldm.models.text import ClipTextConfig, escape_special, tokenizer
-from ldm.request import RANDOM_SEED
-from ldm.ui.axes import QUALITIES
+from ldm.request import RANDOM_SEED, shown
 
 NEW_SEED, KEEP_SEED = "New each time", "Keep"
 SHAPES = {"Square": (1, 1), "Portrait": (3, 4), "Landscape": (4, 3)}
-MAX_STEPS_SHOWN = 150
+QUALITIES = ("Fast", "Balanced", "Best")
+STEPS_SHOWN = 150
 NAMES = (
     *("prompt", "negative_prompt", "shape", "quality", "steps", "num_images", "model", "sampler", "schedule"),
     *("guidance_scale", "seed", "seed_mode", "width", "height", "preview"),
@@ -22,7 +23,10 @@ SETTINGS = (
 
 
 def settings(fields: Mapping[str, object]) -> dict[str, object]:
-    """The settings of a request that these fields stand for."""
+    """The settings of a request that these fields stand for. Raises SettingError where one is missing."""
+    if not str(fields["prompt"] or "").strip():
+        only = ", and only what to avoid is written" if str(fields["negative_prompt"] or "").strip() else ""
+        raise SettingError(f"prompt: the prompt is empty{only}; write what you want to see")
     made = {name: fields[name] for name in SETTINGS if fields[name] not in (None, "")}
     keeps = fields["seed_mode"] == KEEP_SEED
     if keeps and fields["seed"] is None:
@@ -32,6 +36,8 @@ def settings(fields: Mapping[str, object]) -> dict[str, object]:
 
 def size_of_shape(shape: str, config: ModelConfig) -> tuple[int, int]:
     """Width and height of a shape: as many pixels as the model's own size, in multiples that the model can draw."""
+    if shape not in SHAPES:
+        raise SettingError(f"shape: no shape {shown(shape)!r}; use {', '.join(SHAPES)}")
     across, down = SHAPES[shape]
     pixels = config.sampling.width * config.sampling.height
 
@@ -48,9 +54,27 @@ def shape_of_size(width: object, height: object, config: ModelConfig) -> str | N
     return next((shape for shape in SHAPES if size_of_shape(shape, config) == (width, height)), None)
 
 
-def quality_of_steps(steps: object) -> str | None:
-    """The quality that has so many steps, if one has."""
-    return next((quality for quality, count in QUALITIES.items() if count == steps), None)
+def steps_of_quality(quality: str, config: ModelConfig) -> int:
+    """Balanced is the number of steps that the model is made for with its own sampler, Fast half, Best twice as many.
+
+    Raises SettingError for another name.
+    """
+    if quality not in QUALITIES:
+        raise SettingError(f"quality: no quality {shown(quality)!r}; use {', '.join(QUALITIES)}")
+    own = config.sampling.steps
+    steps = {"Fast": -(-own // 2), "Balanced": own, "Best": 2 * own}[quality]
+    return min(steps, config.noise_schedule.timesteps)
+
+
+def quality_of_steps(steps: object, config: ModelConfig) -> str | None:
+    """The quality that has so many steps with this model, if one has; Balanced before the others."""
+    order = sorted(QUALITIES, key="Balanced".__ne__)
+    return next((quality for quality in order if steps_of_quality(quality, config) == steps), None)
+
+
+def whole(value: object, otherwise: int) -> int:
+    """The number of a slider, which whoever asks may replace by anything."""
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else otherwise
 
 
 def defaults(name: str, config: ModelConfig) -> dict[str, object]:
@@ -60,7 +84,7 @@ def defaults(name: str, config: ModelConfig) -> dict[str, object]:
         "prompt": "",
         "negative_prompt": "",
         "shape": shape_of_size(sampling.width, sampling.height, config),
-        "quality": quality_of_steps(sampling.steps),
+        "quality": quality_of_steps(sampling.steps, config),
         "steps": sampling.steps,
         "num_images": 1,
         "model": name,
@@ -80,7 +104,7 @@ def from_picture(usable: Mapping[str, object], model: str, config: ModelConfig) 
     made = {**defaults(model, config), **{key: value for key, value in usable.items() if key in NAMES}}
     made["model"], made["num_images"] = model, 1
     made["shape"] = shape_of_size(made["width"], made["height"], config)
-    made["quality"] = quality_of_steps(made["steps"])
+    made["quality"] = quality_of_steps(made["steps"], config)
     made["seed_mode"] = KEEP_SEED if made["seed"] is not None else NEW_SEED
     return made
 

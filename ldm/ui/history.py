@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import DataError
+from ldm.files import save_text
 from ldm.outputs import check_writable
 from ldm.ui.info import read_text, settings_of
 
@@ -81,9 +82,7 @@ class History:
         with self._starring:
             check_writable(self.folder)
             stars = self._stars() ^ {name}
-            temporary = self.folder / f"{STARS}.{os.getpid()}.tmp"
-            temporary.write_text("".join(f"{star}\n" for star in sorted(stars)), encoding="utf-8")
-            os.replace(temporary, self.folder / STARS)
+            save_text(self.folder / STARS, "".join(f"{star}\n" for star in sorted(stars)))
 
     def trash(self, name: str) -> Path:
         """Move a picture into the folder's trash, under a name that is not taken there; returns its new path."""

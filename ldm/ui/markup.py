@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -13,8 +13,6 @@ from ldm.ui.info import rows
 from ldm.ui.watching import View
 from ldm.ui.worker import State
 
-ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
-
 
 def address(path: Path, kind: str = "pictures") -> str:
     """Where the server gives out a picture, or with kind `thumbs` a small one; another file has another address."""
@@ -24,6 +22,12 @@ def address(path: Path, kind: str = "pictures") -> str:
 def seconds(value: float) -> str:
     """A time in words: seconds, or minutes where there are many."""
     return f"{max(1, round(value))} s" if value < 90 else f"{round(value / 60)} min"
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, … 11th, … 21st."""
+    ending = "th" if number // 10 % 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def status(words: str, state: str = "idle", detail: str = "", progress: float | None = None, field: str = "") -> str:
@@ -52,33 +56,36 @@ def failure(message: str) -> str:
 
 def progress(view: View) -> str:
     """The status line of a job that waits or runs."""
-    if view.state is State.WAITING:
+    if view.state is State.WAITING and view.place.ahead:
         wait = f" · about {seconds(view.place.begins)}" if view.place.begins else ""
-        ahead = view.place.ahead
-        return status(f"You are {ORDINALS.get(ahead, f'{ahead}th')} in line", "running", wait)
+        return status(f"You are {ordinal(view.place.ahead)} in line", "running", wait)
     image = f"Image {view.index + 1} of {view.total}" if view.total > 1 else "Drawing"
     left = f" · about {seconds(view.seconds_left)} left" if view.seconds_left is not None else ""
     steps = f" · step {view.step} of {view.steps}" if view.steps else ""
     return status(image, "running", f"{steps}{left}", view.done)
 
 
+def _places(
+    total: int, pictures: Sequence[Picture], preview: str, index: int, finished: Callable[[Picture], str]
+) -> list[str]:
+    """What stands at each place: a picture that is `finished`, the one that is being drawn, or nothing yet."""
+    made = {picture.index: finished(picture) for picture in pictures}
+    drawn = f'<div class="cell"><img decoding="sync" class="soft" src="{preview}" alt="Preview"></div>'
+    empty = '<div class="cell empty"></div>'
+    return [made.get(place, drawn if preview and place == index else empty) for place in range(total)]
+
+
 def stage(total: int, pictures: Sequence[Picture], preview: str = "", index: int = -1, alt: str = "") -> str:
     """The result: one picture, or a grid in which the finished ones stand, the one being drawn, and places to fill."""
-    finished = {picture.index: picture for picture in pictures}
-    cells = []
-    for place in range(total):
-        if place in finished:
-            path = finished[place].path
-            seed = finished[place].settings.get("seed")
-            label = f"{alt}, seed {seed}"
-            cells.append(
-                f'<a class="cell" href="{address(path)}" target="_blank" title="Full size">'
-                f'<img decoding="sync" src="{address(path)}" alt="{escape(label)}"></a>'
-            )
-        elif place == index and preview:
-            cells.append(f'<div class="cell"><img decoding="sync" class="soft" src="{preview}" alt="Preview"></div>')
-        else:
-            cells.append('<div class="cell empty"></div>')
+
+    def finished(picture: Picture) -> str:
+        label = escape(f"{alt}, seed {picture.settings.get('seed')}")
+        return (
+            f'<a class="cell" href="{address(picture.path)}" target="_blank" title="Full size">'
+            f'<img decoding="sync" src="{address(picture.path)}" alt="{label}"></a>'
+        )
+
+    cells = _places(total, pictures, preview, index, finished)
     return f'<div class="stage n{min(total, 4)}">{"".join(cells)}</div>'
 
 
@@ -147,24 +154,23 @@ def comparison(
 ) -> str:
     """The table of a comparison; a finished cell is a button that carries its place."""
     across, down = labels
-    finished = {picture.index: picture for picture in pictures}
+
+    def finished(picture: Picture) -> str:
+        row, column = divmod(picture.index, len(across))
+        seed = orders[picture.index].request.seed
+        words = f"{names[0]} {across[column]}, {names[1]} {down[row]}, seed {seed}"
+        return (
+            f'<button type="button" class="thumb" data-name="{picture.index}" title="Choose this picture">'
+            f'<img src="{address(picture.path)}" alt="{escape(words)}"></button>'
+        )
+
+    cells = _places(len(orders), pictures, preview, index, finished)
     head = "".join(f"<th scope=col>{escape(label)}</th>" for label in across) if any(across) else ""
     body = []
     for row, label in enumerate(down):
-        cells = [f"<th scope=row>{escape(label)}</th>" if any(down) else ""]
-        for place in range(row * len(across), (row + 1) * len(across)):
-            if place in finished:
-                path, seed = finished[place].path, orders[place].request.seed
-                words = f"{names[0]} {across[place % len(across)]}, {names[1]} {label}, seed {seed}"
-                cells.append(
-                    f'<td><button type="button" class="thumb" data-name="{place}" title="Choose this picture">'
-                    f'<img src="{address(path)}" alt="{escape(words)}"></button></td>'
-                )
-            elif place == index and preview:
-                cells.append(f'<td><img class="soft" src="{preview}" alt="Preview"></td>')
-            else:
-                cells.append('<td><div class="empty"></div></td>')
-        body.append(f"<tr>{''.join(cells)}</tr>")
+        name = f"<th scope=row>{escape(label)}</th>" if any(down) else ""
+        of_row = cells[row * len(across) : (row + 1) * len(across)]
+        body.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in of_row)}</tr>")
     corner = f'<td class="corner">{escape(names[0])} →<br>{escape(names[1])} ↓</td>' if any(down) else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Comparison">'

@@ -52,6 +52,10 @@
     line.firstElementChild.textContent = "Starting";
   };
 
+  // Stop appears where Generate was: the second half of a double click is not meant for it.
+  document.addEventListener("click", (event) => {
+    if (event.detail > 1 && event.target.closest("#stop, #compare-stop")) event.stopPropagation();
+  }, true);
   document.addEventListener("click", (event) => {
     if (event.target.closest("#generate")) begin("#status");
     if (event.target.closest("#compare-start")) begin("#compare-status");

@@ -4,19 +4,20 @@ import functools
 
 import gradio as gr
 
-from ldm.ui import about, api, archive, compare, create, explain
+from ldm.ui import about, answering, api, archive, compare, create, explain
+from ldm.ui.guard import UPLOADS_KEPT_SECONDS
 from ldm.ui.history import History
 from ldm.ui.showing import strip_of
 from ldm.ui.studio import Studio
 
-CACHE_SECONDS = (600, 3600)  # look every ten minutes, remove uploads that are older than an hour
+CACHE_SECONDS = (600, UPLOADS_KEPT_SECONDS)  # look every ten minutes, remove what is older than an hour
 STRIP_SECONDS = 5  # a picture that was begun before a reload is seen so long after it is saved
 HOME = "create"
 
 
 def page(studio: Studio, history: History) -> gr.Blocks:
     """All screens for one studio. Image to image and Inpaint come between Create and Compare when they can be done."""
-    with gr.Blocks(title="ldm", analytics_enabled=False, delete_cache=CACHE_SECONDS) as blocks:
+    with answering.Blocks(title="ldm", analytics_enabled=False, delete_cache=CACHE_SECONDS) as blocks:
         with gr.Tabs(selected=HOME, elem_id="tabs") as tabs:
             with gr.Tab("Create", id=HOME):
                 screen = create.build(studio, history)

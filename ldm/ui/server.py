@@ -1,10 +1,7 @@
-"""The server behind the page: which requests it answers, which pictures it gives out, and how it starts and ends."""
+"""The server behind the page: which pictures it gives out, and how it starts and ends."""
 
-import base64
 import functools
-import hmac
 import io
-import ipaddress
 import logging
 import os
 import socket
@@ -12,77 +9,25 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from urllib.parse import urlsplit
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse
 from PIL import Image
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.middleware import Middleware
 
 from ldm.errors import DataError, MachineError
 from ldm.ui import look
+from ldm.ui.answering import OneLine
+from ldm.ui.guard import MAX_UPLOAD, Guard
 from ldm.ui.history import History
 from ldm.ui.page import page
 from ldm.ui.studio import Studio
 
 DEFAULT_PORT, PORTS = 7860, 100
-MAX_UPLOAD = "20mb"
 THUMB = 232  # twice what is shown, for fine screens
 SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=86400"}
-# The page may ask nobody but its own server for anything.
-POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self'; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
-)
-
-
-class Guard:
-    """Lets in requests that name this machine as their host, that come from no other web page, and that know the
-    password where there is one.
-
-    A page of somebody else's in the same browser could otherwise draw, read and fill the disk: by DNS rebinding
-    (Host) or by simple requests across origins (Origin).
-    """
-
-    def __init__(self, app: ASGIApp, any_address: bool = False, password: str = "") -> None:
-        self.app, self.any_address, self.password = app, any_address, password
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 403 or 401, or pass the request on."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._is_here(host) or (origin is not None and urlsplit(origin).netloc != host):
-            await Response("This address does not belong to this server.", 403)(scope, receive, send)
-        elif self.password and not self._knows(headers.get("authorization", "")):
-            ask = {"WWW-Authenticate": 'Basic realm="ldm", charset="UTF-8"'}
-            await Response("Name and password are needed.", 401, ask)(scope, receive, send)
-        else:
-            await self.app(scope, receive, functools.partial(_with_policy, send))
-
-    def _is_here(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return name == "localhost" or (self.any_address and name == socket.gethostname().lower()) if host else False
-        return self.any_address or address.is_loopback
-
-    def _knows(self, header: str) -> bool:
-        expected = "Basic " + base64.b64encode(self.password.encode()).decode("ascii")
-        return hmac.compare_digest(header.encode(), expected.encode())
-
-
-async def _with_policy(send: Send, message: dict[str, object]) -> None:
-    if message["type"] == "http.response.start":
-        headers = message.setdefault("headers", [])
-        assert isinstance(headers, list)
-        headers.append((b"content-security-policy", POLICY.encode("ascii")))
-    await send(message)
 
 
 def application(studio: Studio, any_address: bool = False, password: str = "") -> FastAPI:
@@ -121,6 +66,7 @@ def application(studio: Studio, any_address: bool = False, password: str = "") -
         app, blocks, path="/", footer_links=["api"], run_history=False, allowed_paths=None,
         blocked_paths=[str(Path.cwd()), str(Path.home() / ".config")], show_error=False, max_file_size=MAX_UPLOAD,
         ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
+        app_kwargs={"middleware": [Middleware(OneLine)]},
         theme=look.theme(), css=look.CSS.read_text(encoding="utf-8"), js=look.SCRIPT.read_text(encoding="utf-8"),
         head=look.head(),
     )  # fmt: skip

@@ -1,18 +1,15 @@
 """One job runs, the others wait in line: whose turn it is, how long that takes, and how a job ends."""
 
-import logging
 import threading
 import time
-import traceback
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from ldm.errors import LdmError, MachineError
+from ldm.ui import bugs
 
 MAX_WAITING = 8
-log = logging.getLogger("ldm.ui")
 
 
 class State(Enum):
@@ -185,7 +182,5 @@ class Worker:
         except LdmError as error:
             return State.FAILED, str(error)
         except Exception:  # the thread has to live on, and its owner has to hear of it
-            number = uuid.uuid4().hex[:8]
-            log.error("bug %s\n%s", number, traceback.format_exc())
-            return State.FAILED, f"ldm: a bug in this program; please report it with the log of {number}"
+            return State.FAILED, bugs.told()
         return (State.STOPPED if job.stopping else State.DONE), ""

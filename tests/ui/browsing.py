@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SERVED = Path(__file__).with_name("served.py")
+OTHER_MODEL = "<img src=x onerror=document.title='taken'>"
 PATIENCE = 60_000  # milliseconds; what should come at once may come late on a busy machine
 
 
@@ -17,6 +18,7 @@ class Server:
 
     def __init__(self, *flags: str | Path, outdir: Path) -> None:
         self.outdir, self.flags = outdir, flags
+        self.cache, self.log = (outdir.with_name(f"{outdir.name}.{kind}") for kind in ("cache", "log"))
         self.process: subprocess.Popen[str] | None = None
         self.port = 0
 
@@ -27,14 +29,16 @@ class Server:
     def start(self) -> "Server":
         """Start it, at the same port as before where it was started before, and wait until it says that it is ready."""
         port = ["--port", str(self.port)] if self.port else []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        self.process = subprocess.Popen(
-            [sys.executable, SERVED, "--outdir", self.outdir, *port, *self.flags],
-            stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
+        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**os.environ, **threads, "GRADIO_TEMP_DIR": str(self.cache)}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, SERVED, "--outdir", self.outdir, *port, *self.flags],
+                stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+            )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line.startswith("ready "), f"the server ended with {self.process.wait()}"
+        assert line.startswith("ready "), f"the server ended with {self.process.wait()}:\n{self.said()}"
         self.port = int(line.split()[1])
         urllib.request.urlopen(self.address + "alive", timeout=30).read()
         return self
@@ -45,6 +49,10 @@ class Server:
         self.process.send_signal(how)
         return self.process.wait(30)
 
+    def said(self) -> str:
+        """What it has said on stderr."""
+        return self.log.read_text(encoding="utf-8")
+
     def pictures(self) -> list[str]:
         """The names of the pictures in its folder."""
         return sorted(path.name for path in self.outdir.glob("[!.]*.png"))
@@ -54,17 +62,29 @@ class User:
     """One person at one window, who notes what goes wrong: errors in the console, and requests that leave here."""
 
     def __init__(self, chromium: Any, address: str, **window: Any) -> None:
-        self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **window})
-        self.context.set_default_timeout(PATIENCE)
-        self.page = self.context.new_page()
-        self.address = address
+        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **window})
+        context.set_default_timeout(PATIENCE)
+        self._looks_at(context, address)
+
+    def in_another_tab(self) -> "User":
+        """The same person with a second tab, which shares what the browser keeps."""
+        other = User.__new__(User)
+        other._looks_at(self.context, self.address)
+        return other
+
+    def _looks_at(self, context: Any, address: str) -> None:
+        self.context, self.address = context, address
+        self.page = context.new_page()
         self.wrong: list[str] = []
+        self.heard: list[str] = []  # all errors in the console, also those that are to be expected
         self.page.on("console", lambda said: self._hear(said.type, said.text))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("request", lambda request: self._note(request.url))
         self.page.on("dialog", lambda dialog: dialog.accept())
 
     def _hear(self, kind: str, text: str) -> None:
+        if kind == "error":
+            self.heard.append(text)
         # What is on its way when a page is left is aborted, and Gradio says so.
         if kind == "error" and "AbortError" not in text and "Connection errored out" not in text:
             self.wrong.append(text)
@@ -87,11 +107,23 @@ class User:
         self.page.fill("#num-images input[type=number]", str(images))
         if seed is not None:
             if not self.page.is_visible("#seed input"):
-                self.page.get_by_role("button", name="Advanced").click()
+                self.opens_advanced()
             self.page.fill("#seed input", str(seed))
             self.page.get_by_label("Keep").check()
         self.page.locator("#prompt textarea").focus()
         return self
+
+    def opens_advanced(self) -> None:
+        """Show the fields that are hidden at first."""
+        self.page.get_by_role("button", name="Advanced").click()
+        self.page.wait_for_selector("#seed input", state="visible")
+        self._waits_for_paint()
+
+    def _waits_for_paint(self) -> None:
+        """What is opened gets its first values once more before it is painted: nobody could have typed before, but a
+        test can, in a window that is not in front or on a busy machine; Gradio then overwrites what it typed."""
+        self.page.bring_to_front()
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def presses(self, name: str) -> None:
         """Click the button of that name."""
@@ -100,14 +132,21 @@ class User:
     def goes_to(self, screen: str) -> None:
         """Open a screen by its tab."""
         self.page.get_by_role("tab", name=screen, exact=True).click()
+        self._waits_for_paint()
 
     @property
     def status(self) -> str:
         return str(self.page.inner_text("#status .line"))
 
     def sees(self, words: str, where: str = "#status") -> None:
-        """Wait until these words stand there."""
-        self.page.locator(where).get_by_text(words).first.wait_for()
+        """Wait until these words stand there; where they never do, say what this user sees instead."""
+        from playwright.sync_api import TimeoutError
+
+        try:
+            self.page.locator(where).get_by_text(words).first.wait_for()
+        except TimeoutError as error:
+            seen = self.page.inner_text(where), self.page.locator(".toast-body").all_inner_texts(), self.heard
+            raise AssertionError(f"no {words!r} in {where}, but {seen}") from error
 
     def waits_for_the_end(self) -> str:
         """Wait until nothing runs for this user; the status line."""

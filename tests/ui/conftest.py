@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import Server, User
+import torch
+from browsing import OTHER_MODEL, Server, User
+
+from ldm.bundle import Bundle
 
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -28,10 +31,21 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def other_models(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one more model, of other weights and with a hostile name."""
+    folder = tmp_path_factory.mktemp("other")
+    other = Bundle.load(str(tiny_folder))
+    with torch.no_grad():
+        next(iter(other.unet.parameters())).mul_(1.5)
+    other.save(folder / OTHER_MODEL)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The page on the tiny model, whose steps take a tenth of a second."""
-    flags = ("--model", tiny_folder, "--step-seconds", "0.1")
+def server(tiny_folder: Path, other_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The page on the tiny model, whose steps take a tenth of a second, and on another; each takes half to load."""
+    flags = ("--model", tiny_folder, "--model-dir", other_models, "--step-seconds", "0.1", "--load-seconds", "0.5")
     made = Server(*flags, outdir=tmp_path_factory.mktemp("outputs")).start()
     yield made
     assert made.end() in (0, -signal.SIGTERM)

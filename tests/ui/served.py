@@ -13,6 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 
+import torch
+
+from ldm.bundle import Bundle
 from ldm.diffusion.samplers import Step
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
@@ -29,6 +32,7 @@ def main() -> None:
     parser.add_argument("--outdir", type=Path, required=True)
     parser.add_argument("--port", type=int)
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--load-seconds", type=float, default=0.0)
     parser.add_argument("--max-pixels", type=int, default=2048 * 2048)
     args = parser.parse_args()
     whole = TextToImage.stream
@@ -44,7 +48,14 @@ def main() -> None:
             except StopIteration:
                 return
 
-    TextToImage.stream = slowed  # type: ignore[method-assign]
+    load = Bundle.load
+
+    def slowly(path: str, device: str, dtype: torch.dtype) -> Bundle:
+        time.sleep(args.load_seconds)
+        return load(path, device, dtype)
+
+    TextToImage.stream = slowed  # type: ignore[method-assign]  # made slow on purpose
+    Bundle.load = slowly  # type: ignore[method-assign, assignment]
     models = Models(args.model, args.model_dir)
     models.engine(models.first)
     studio = Studio(models, args.outdir, Worker(), Limits(max_pixels=args.max_pixels))

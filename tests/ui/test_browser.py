@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import Server, User
+from browsing import OTHER_MODEL, PATIENCE, Server, User
 from PIL import Image
 
-from ldm.images import read_settings
+from ldm.bundle import verify
+from ldm.images import read_settings, save_png
 
 pytestmark = pytest.mark.browser
 
@@ -38,13 +39,12 @@ def test_page_and_command_line_draw_the_same_picture(
     assert shown == saved.read_bytes() and b"a red circle" in shown
 
 
-# Once, on a busy machine, the first page never said a word; until that is understood it holds nothing back.
-@pytest.mark.slow
 def test_two_users_get_their_own_pictures_and_stop_only_their_own(chromium: Any, user: User, server: Server) -> None:
     other, third = (User(chromium, server.address).opens() for _ in range(2))
     other.writes("a blue star", steps=3, seed=2)
     third.writes("a green heart", steps=3)
-    user.writes("a red circle", steps=150, seed=1).presses("Generate")
+    # So long that it has not ended by itself before a slow browser has seen a step of it.
+    user.writes("a red circle", steps=150, images=4, seed=1).presses("Generate")
     user.sees("step")
     other.presses("Generate")
     other.sees("You are 1st in line")
@@ -60,6 +60,42 @@ def test_two_users_get_their_own_pictures_and_stop_only_their_own(chromium: Any,
     for one in (other, third):
         assert one.wrong == []
         one.context.close()
+
+
+def test_two_tabs_of_one_browser_draw_one_after_the_other(user: User, server: Server) -> None:
+    tab = user.in_another_tab().opens().writes("a purple star", steps=3, seed=22)
+    user.writes("a purple circle", steps=20, seed=21).page.keyboard.press("Control+Enter")
+    user.sees("step")
+    tab.page.keyboard.press("Control+Enter")
+    tab.sees("in line")
+    assert "seed 21" in user.waits_for_the_end() and "purple-circle" in str(user.page.get_attribute("#stage a", "href"))
+    assert "seed 22" in tab.waits_for_the_end() and "purple-star" in str(tab.page.get_attribute("#stage a", "href"))
+    assert tab.wrong == []
+
+
+def test_a_model_is_changed_between_runs_and_each_picture_says_which_drew_it(
+    chromium: Any, user: User, server: Server, tiny_folder: Path, other_models: Path
+) -> None:
+    other = User(chromium, server.address).opens().writes("an orange star", steps=3, seed=3)
+    other.page.get_by_label("Model", exact=True).click()
+    other.page.get_by_role("option", name=OTHER_MODEL).click()
+    user.writes("an orange circle", steps=40, seed=3).presses("Generate")
+    user.sees("step")
+    other.presses("Generate")
+    other.sees("You are 1st in line")
+    assert "Done" in user.waits_for_the_end() and "Done" in other.waits_for_the_end()
+    user.writes("an orange heart", steps=3, seed=3).presses("Generate")
+    assert "Done" in user.waits_for_the_end()
+    drew = {}
+    for name in server.pictures():
+        settings = read_settings(server.outdir / name) or {}
+        drew[str(settings["prompt"])] = settings["model"], settings["model_sha256"]
+    known = {folder: (folder.name, verify(folder)) for folder in (tiny_folder, other_models / OTHER_MODEL)}
+    assert len(set(known.values())) == 2
+    assert drew["an orange circle"] == drew["an orange heart"] == known[tiny_folder]
+    assert drew["an orange star"] == known[other_models / OTHER_MODEL]
+    assert other.page.title() == "ldm" and other.wrong == []
+    other.context.close()
 
 
 def test_of_twelve_one_runs_eight_wait_and_three_are_told_when_to_come_again(server: Server) -> None:
@@ -85,6 +121,49 @@ def test_stop_keeps_the_partial_picture_until_it_is_saved(user: User, server: Se
     (name,) = [name for name in server.pictures() if "yellow" in name]
     settings = read_settings(server.outdir / name)
     assert settings is not None and 0 < int(str(settings["stopped_after_steps"])) < 80
+
+
+def test_a_double_click_on_generate_stops_nothing(user: User) -> None:
+    user.writes("a double click", steps=4).page.dblclick("#generate")
+    assert "Done" in user.waits_for_the_end()
+
+
+def test_fields_move_one_another(user: User) -> None:
+    from playwright.sync_api import expect
+
+    def field(name: str) -> Any:
+        return expect(user.page.locator(name))
+
+    def choice(name: str) -> Any:
+        return expect(user.page.get_by_label(name, exact=True))
+
+    expect.set_options(timeout=PATIENCE)
+    field("#steps input[type=number]").to_have_value("4")  # the model's own
+    choice("Balanced").to_be_checked()
+    user.page.get_by_label("Best", exact=True).check()
+    field("#steps input[type=number]").to_have_value("8")
+    user.page.fill("#steps input[type=number]", "2")
+    choice("Fast").to_be_checked()
+    user.page.get_by_label("Portrait", exact=True).check()
+    user.opens_advanced()
+    field("#width input").to_have_value("48")
+    field("#height input").to_have_value("80")
+    user.page.fill("#width input", "64")
+    user.page.fill("#height input", "64")
+    choice("Square").to_be_checked()
+
+
+def test_same_seed_and_vary_go_on_from_the_picture_that_is_shown(user: User) -> None:
+    user.writes("a varied star", steps=2, seed=4294967295).presses("Generate")
+    assert "seed 4294967295" in user.waits_for_the_end()
+    user.presses("Vary")
+    user.sees("seed 0")  # the seed after the last
+    user.waits_for_the_end()
+    user.page.get_by_label("New each time").check()
+    user.page.fill("#seed input", "77")
+    user.presses("Same seed")
+    user.page.wait_for_function("() => document.querySelector('#seed input').value === '0'")
+    assert user.page.get_by_label("Keep").is_checked()
 
 
 def test_skip_leaves_one_picture_out(user: User) -> None:
@@ -155,15 +234,38 @@ def test_a_server_that_was_killed_and_restarted_works_without_a_reload(
         own.process.kill()
 
 
-def test_hostile_prompts_and_errors_stay_text(user: User) -> None:
+def test_hostile_prompts_names_and_settings_stay_text(user: User, server: Server, tmp_path: Path) -> None:
     user.writes(HOSTILE, steps=2).presses("Generate")
     user.waits_for_the_end()
     user.goes_to("History")
     user.page.locator("#history-grid .thumb").first.click()
     user.sees("evil.example", "#history-chosen")
-    user.goes_to("Create")
+    user.goes_to("PNG info")
+    settings = {"prompt": HOSTILE, "steps": 3, "model": HOSTILE, HOSTILE: HOSTILE}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / f"{OTHER_MODEL}.png", settings)
+    user.page.set_input_files("#info-file input[type=file]", str(tmp_path / f"{OTHER_MODEL}.png"))
+    user.sees("not a setting of this page", "#info-found")
+    user.presses("Use these settings")
+    user.page.wait_for_function("() => document.querySelector('#steps input[type=number]').value === '3'")
+    assert user.page.input_value("#prompt textarea") == HOSTILE
+    save_png(Image.new("RGB", (8, 8)), server.outdir / f"{OTHER_MODEL}.png", settings)
+    user.goes_to("History")
+    user.page.locator(f'#history-grid [data-name="{OTHER_MODEL}.png"]').click()
+    user.sees("onerror", "#history-chosen caption")
+    user.goes_to("About")
+    user.page.locator("tr", has_text="models on offer").get_by_text(OTHER_MODEL).wait_for()
+    assert "taken" not in user.page.title()
+
+
+def test_a_bug_is_told_by_its_number_and_the_next_picture_is_drawn(user: User, server: Server) -> None:
+    user.writes("a circle", steps=2).presses("Generate")
+    user.waits_for_the_end()
+    before = user.page.get_attribute("#stage img", "src")
     user.writes("a bug", steps=2).presses("Generate")
-    assert "please report it" in user.waits_for_the_end()
+    told = user.waits_for_the_end()
+    assert "please report it" in told and told.split()[-1] in server.said()
+    user.sees("please report it", ".toast-body")
+    assert user.page.get_attribute("#stage img", "src") == before
     user.writes("a circle", steps=2).presses("Generate")
     assert "Done" in user.waits_for_the_end()
     assert "taken" not in user.page.title()
@@ -171,11 +273,26 @@ def test_hostile_prompts_and_errors_stay_text(user: User) -> None:
 
 def test_what_is_wrong_stands_under_its_field(user: User) -> None:
     user.writes("").presses("Generate")
-    user.sees("prompt is empty", "#prompt")
+    user.sees("prompt is empty; write what you want to see", "#prompt")
     assert user.page.get_attribute("#prompt textarea", "aria-invalid") == "true"
     user.writes("a star", steps=2).presses("Generate")
     user.waits_for_the_end()
     assert user.page.locator(".field-error").count() == 0
+    user.page.fill("#steps input[type=number]", "1001")
+    user.page.keyboard.press("Control+Enter")  # so that the field cannot correct itself
+    user.sees("1001 is not between 1 and 1000", "#steps")
+
+
+def test_a_request_that_is_not_taken_is_told_and_can_be_made_again(user: User) -> None:
+    user.page.route("**/queue/join*", lambda route: route.fulfill(status=400, body="no such thing"))
+    for _ in range(2):  # the same words a second time are words, too
+        user.writes("a lost star", steps=2).presses("Generate")
+        user.sees("page: the server did not answer; press Generate again")
+        user.page.wait_for_selector("#generate", state="visible")
+    user.page.unroute("**/queue/join*")
+    user.wrong.clear()  # what the browser says of the answers
+    user.presses("Generate")
+    assert "Done" in user.waits_for_the_end()
 
 
 def test_comparison_is_told_beforehand_and_a_cell_is_used(user: User) -> None:
@@ -183,7 +300,7 @@ def test_comparison_is_told_beforehand_and_a_cell_is_used(user: User) -> None:
     user.goes_to("Compare")
     user.page.get_by_label("X values").fill("1, 3")
     user.page.get_by_label("Y values").fill("5, 6")
-    user.sees("4 images", "#compare-cost")
+    user.sees("4 images · about", "#compare-cost")
     user.page.keyboard.press("Control+Enter")
     user.page.wait_for_selector("#compare-table td:first-of-type .thumb")
     user.sees("Done: 4 of 4", "#compare-status")
@@ -278,6 +395,9 @@ def test_no_screen_has_a_serious_fault_of_accessibility(
         for fault in user.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]:
             if fault["impact"] in ("serious", "critical"):
                 found.append((screen, fault["id"], [node["html"][:100] for node in fault["nodes"][:3]]))
+    user.page.evaluate("document.querySelector('#keys').showModal()")
+    for fault in user.page.evaluate("axe.run('#keys', {resultTypes: ['violations']})")["violations"]:
+        found.append(("keys", fault["id"], [node["html"][:100] for node in fault["nodes"][:3]]))
     assert found == []
     assert user.wrong == []
     user.context.close()
