@@ -20,15 +20,17 @@ from ldm.cli import nearest
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule
 from ldm.errors import MachineError, ModelError
+from ldm.files import sha256
 from ldm.formats import probe
 from ldm.formats.describe import BUNDLE_CONFIG as CONFIG
 from ldm.formats.describe import BUNDLE_PARTS as PARTS
 from ldm.formats.describe import layout
 from ldm.formats.evidence import Description, Prediction
-from ldm.formats.export_bundle import MANIFEST, sha256, write_manifest
+from ldm.formats.export_bundle import MANIFEST, write_manifest
 from ldm.formats.fill import fill
+from ldm.formats.pieces import weight_files
 from ldm.formats.read import OpenModel, open_model, read_bundle_config
-from ldm.models.autoencoder import Autoencoder
+from ldm.models.autoencoder import Autoencoder, KLAutoencoder
 from ldm.models.model_config import ModelConfig, build
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -132,6 +134,16 @@ class Bundle:
             opened = opened.predicting(*probe.ask(unet, text.encode([""]).tokens))
         return cls(opened.description.path.name, opened.config, autoencoder, text, unet, sha256, opened.description)
 
+    def compile(self) -> None:
+        """Have PyTorch translate UNet and decoder for this machine, at the first call with each size; then it is kept.
+
+        On CUDA their kernels are chosen by trial and run as one graph.
+        """
+        how = {"mode": "max-autotune"} if self.device.type == "cuda" else {}
+        self.unet.compile(**how)
+        if isinstance(self.autoencoder, KLAutoencoder):
+            self.autoencoder.decoder.compile(**how)
+
     @staticmethod
     def predicting(opened: OpenModel) -> OpenModel:
         """`opened` with what its UNet predicts, for which the UNet is loaded and asked where nothing else tells."""
@@ -168,11 +180,10 @@ def verify(folder: Path) -> str:
         raise ModelError(f"{path}: no such file; copy the whole model folder again") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{path}: not a manifest; copy the whole model folder again") from None
-    for name in (CONFIG, *(f"{part}.safetensors" for part in PARTS)):
-        file = folder / name
+    for file in (folder / CONFIG, *(path for part in PARTS for path in weight_files(folder, part))):
         if not file.is_file():
             raise ModelError(f"{file}: no such file; copy the whole model folder again")
-        if dict(items).get(name) != sha256(file):
+        if dict(items).get(file.name) != sha256(file):
             raise ModelError(f"{file}: sha256 differs from {MANIFEST}: torn or changed; copy the model folder again")
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()
 
@@ -187,7 +198,7 @@ def networks(
         assert isinstance(network, nn.Module)
         if part in parts:
             where = opened.description.path
-            where = where / f"{part}.safetensors" if opened.description.layout == "bundle" else where
+            where = weight_files(where, part)[0] if opened.description.layout == "bundle" else where
             fill(network, opened.parts[part], where, torch.float32 if part == "text" else dtype, device)
         network.eval().requires_grad_(False)
     return built

@@ -1,6 +1,9 @@
 """The device to compute on and the number format to compute in, from the words of a user."""
 
+import os
 import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import nearest
@@ -21,6 +24,25 @@ def check_names(device: str, dtype: str) -> None:
         )
     if dtype not in DTYPES:
         raise SettingError(f"dtype: no dtype {dtype!r}{nearest(dtype[:100], DTYPES)}; use one of {', '.join(DTYPES)}")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library give freed memory to the next tensor instead of back to the system, where it is glibc.
+
+    Large tensors come and go with every layer; a page that is new to the process costs more than to write it.
+    """
+    import ctypes
+
+    threshold_of_trim, threshold_of_mmap, gigabyte = -1, -3, 2**30  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is not None:
+        set_option(threshold_of_mmap, gigabyte)
+        set_option(threshold_of_trim, gigabyte)
+
+
+def keep_compiled() -> None:
+    """Have PyTorch keep what it compiles from now on in the user's cache folder, unless it has another one."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/ldm/compiled").expanduser()))
 
 
 def find_device(name: str = "auto") -> "torch.device":

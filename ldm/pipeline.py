@@ -9,6 +9,7 @@ Every caller is a loop of this shape:
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,10 @@ from ldm.diffusion.samplers import SAMPLERS, Step
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import MachineError, NotFiniteError
 from ldm.images import to_image
+from ldm.models.autoencoder import KLAutoencoder
+from ldm.models.model_config import ModelConfig, build
+from ldm.models.reuse import ReusingUNet
+from ldm.nn.memory import peak_of
 from ldm.request import GenerationRequest, resolve, resolve_seed
 
 
@@ -43,8 +48,10 @@ class GeneratedImage:
 class TextToImage:
     """Draws pictures from prompts with the networks of one bundle, where and in the dtype that they are."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, device: str | None = None) -> None:
+        """With a `device`, networks are on it only while they are asked; else all stay where the bundle is."""
         self.bundle = bundle
+        self.device = bundle.device if device is None else torch.device(device)
         self._states: dict[str, Tensor] = {}
 
     def ready(self, request: GenerationRequest) -> GenerationRequest:
@@ -100,10 +107,11 @@ class TextToImage:
         """Pictures of clean latents; once more in fp32 where half precision overflows. Raises NotFiniteError."""
         if not torch.isfinite(latent).all():
             raise NotFiniteError("latent: the sampler's result is not finite; use --dtype float32 or another sampler")
-        image = self.bundle.autoencoder.decode(latent)
-        if not torch.isfinite(image).all():
-            assert isinstance(self.bundle.autoencoder, nn.Module)
-            image = copy.deepcopy(self.bundle.autoencoder).float().decode(latent.float())
+        with self._lent(self.bundle.autoencoder):
+            image = self.bundle.autoencoder.decode(latent)
+            if not torch.isfinite(image).all():
+                assert isinstance(self.bundle.autoencoder, nn.Module)
+                image = copy.deepcopy(self.bundle.autoencoder).float().decode(latent.float())
         if not torch.isfinite(image).all():
             raise NotFiniteError(
                 "autoencoder: the picture is not finite, also in fp32; the model is damaged, copy it again"
@@ -112,7 +120,8 @@ class TextToImage:
 
     def _decode(self, latent: Float[Tensor, "b c h w"], request: GenerationRequest) -> list[Image.Image]:
         """Pictures of clean latents, with `batch_exact` each in a call of its own."""
-        return [self.decode(one)[0] for one in latent.split(1)] if request.batch_exact else self.decode(latent)
+        with enough_memory(request, len(latent)):
+            return [self.decode(one)[0] for one in latent.split(1)] if request.batch_exact else self.decode(latent)
 
     @torch.inference_mode()
     def _walk(self, prompts: Sequence[str], seeds: Sequence[int], request: GenerationRequest) -> Iterator[Step]:
@@ -124,21 +133,21 @@ class TextToImage:
         denoise = self._denoise(prompts, request, there)
         noise = NOISE_SOURCES[request.rng](seeds, shape)
         sampler = sampler_of(request.convention, request.sampler, request.schedule, self.bundle.schedule)
-        try:
-            yield from walk(sampler, denoise, noise.initial().to(self.bundle.device), there, noise)
-        except torch.OutOfMemoryError:
-            raise MachineError(
-                f"memory: not enough for {len(prompts)} images of {request.width}x{request.height}; "
-                "use a smaller size, then a smaller batch_size"
-            ) from None
+        with enough_memory(request, len(prompts)), self._lent(self.bundle.unet):
+            yield from walk(sampler, denoise, noise.initial().to(self.device), there, noise)
 
     def _denoise(self, prompts: Sequence[str], request: GenerationRequest, there: Route) -> Denoise:
         """The clean estimate of a batch, guided; with `batch_exact` of each image in a call of its own."""
         told = dict(zip(there.sigmas, there.timesteps, strict=False))
-        denoiser = replace(self.bundle.denoiser, told=told)
+
+        def denoiser() -> Denoiser:
+            made = replace(self.bundle.denoiser, told=told)
+            # What is reused belongs to these images alone.
+            return made if request.reuse == 1 else replace(made, network=ReusingUNet(self.bundle.unet, request.reuse))
+
         if not request.batch_exact:
-            return self._guided(denoiser, self._encode(prompts), request)
-        return one_by_one([self._guided(denoiser, self._encode([prompt]), request) for prompt in prompts])
+            return self._guided(denoiser(), self._encode(prompts), request)
+        return one_by_one([self._guided(denoiser(), self._encode([prompt]), request) for prompt in prompts])
 
     def _guided(self, denoiser: Denoiser, positive: Float[Tensor, "b l d"], request: GenerationRequest) -> Denoise:
         """The clean estimate of images with these prompts, and the guidance that is asked for."""
@@ -157,7 +166,22 @@ class TextToImage:
     def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "b l d"]:
         """The states of every prompt; a prompt that comes again is encoded once."""
         different = list(dict.fromkeys(prompts))
-        return self.bundle.text.encode(different).tokens[[different.index(prompt) for prompt in prompts]]
+        with self._lent(self.bundle.text):
+            return self.bundle.text.encode(different).tokens[[different.index(prompt) for prompt in prompts]]
+
+    @contextmanager
+    def _lent(self, network: object) -> Iterator[None]:
+        """A network on the device that computes, and back where it was."""
+        home = self.bundle.device
+        if self.device == home:
+            yield
+            return
+        assert isinstance(network, nn.Module)
+        network.to(self.device)
+        try:
+            yield
+        finally:
+            network.to(home)
 
     def _states_of(self, text: str, count: int) -> Float[Tensor, "b l d"]:
         """The states of the negative or the empty prompt, kept for the next batch: they seldom change."""
@@ -173,6 +197,46 @@ def route_of(request: GenerationRequest, schedule: NoiseSchedule) -> Route:
     if request.schedule is None:
         return listed(schedule, request.sigmas, request.timesteps)
     return route(request.convention, request.sampler, request.schedule, schedule, request.steps)
+
+
+@contextmanager
+def enough_memory(request: GenerationRequest, count: int) -> Iterator[None]:
+    """Raises MachineError where the device's memory is not enough for `count` images."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        what = "an image" if count == 1 else f"{count} images"
+        smaller = "a smaller size" if count == 1 else "a smaller size, then a smaller batch_size"
+        raise MachineError(
+            f"memory: not enough for {what} of {request.width}x{request.height}; use {smaller}"
+        ) from None
+
+
+def memory_plan(
+    request: GenerationRequest, config: ModelConfig, dtype: torch.dtype, lent: bool = False, sparing: bool = False
+) -> dict[str, int]:
+    """Bytes that drawing a batch of a resolved request needs: weights, states of a step and of decoding, and in all.
+
+    `lent`: of the networks only the one that is asked is on the device; `sparing`: it decodes in bands.
+    """
+    assert request.width and request.height and request.batch_size
+    count, factor = min(request.num_images, request.batch_size), config.autoencoder.factor
+    passes = 1 if request.guidance_scale == 1 else 3 if request.perp_neg else 2
+    with torch.device("meta"):
+        autoencoder, text, unet = build(config)
+        if sparing and isinstance(autoencoder, KLAutoencoder):
+            autoencoder.spare_memory()
+        assert isinstance(autoencoder, nn.Module) and isinstance(text, nn.Module)
+        unet, autoencoder = unet.to(dtype), autoencoder.to(dtype)
+        shape = (count, autoencoder.latent_channels, request.height // factor, request.width // factor)
+        latent = torch.empty(shape, dtype=dtype)
+        states = torch.empty(passes * count, 77, config.unet.context_width, dtype=dtype)
+        step = peak_of(lambda: unet(latent, torch.empty(count), states))
+        decode = peak_of(lambda: autoencoder.decode(latent))
+    parts = [sum(t.nbytes for t in network.state_dict().values()) for network in (text, unet, autoencoder)]
+    text_bytes, unet_bytes, decoder_bytes = parts
+    whole = max(text_bytes, unet_bytes + step, decoder_bytes + decode) if lent else sum(parts) + max(step, decode)
+    return {"weights": sum(parts), "step": step, "decode": decode, "whole": whole}
 
 
 class Silence:

@@ -11,24 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm.cli import ArgumentParser, run
 from ldm.errors import MachineError, SettingError
 
-if TYPE_CHECKING:
-    from ldm.formats.tensors import StoredTensor
-
 PROGRAMS = ("ldm", "diffusers")
 DTYPES = ("float32", "bfloat16")
-SD15 = {
-    "autoencoder": {"kind": "kl"},
-    "text": {"kind": "clip", "tokenizer": "hf"},
-    "unet": {},
-    "sampling": {"width": 512, "height": 512, "schedule": "leading", "convention": "diffusers", "steps": 50},
-}
 
 
 def parser() -> ArgumentParser:
@@ -52,8 +42,10 @@ def main() -> None:
         raise SettingError(f"repeat: {args.repeat} is not at least 1; use 3")
     if not Path("/proc/self/status").is_file():
         raise MachineError("system: memory is measured with Linux's /proc; run this on Linux")
+    from ldm.evaluation.stand_in import write
+
     with tempfile.TemporaryDirectory(prefix="ldm-", dir=args.folder) as folder:
-        model, config = make(Path(folder))
+        model, config = write(Path(folder))
         print("| loads an fp16 file of SD 1.5 | in | seconds | memory added, MB | of what the weights need |")
         print("|---|---|---|---|---|")
         for dtype in DTYPES:
@@ -76,37 +68,6 @@ def one(program: str, dtype: str, model: Path, config: Path) -> list[float]:
     return found
 
 
-def make(folder: Path) -> tuple[Path, Path]:
-    """The single file with random numbers, and the same model as a folder, from which diffusers takes its configs."""
-    import torch
-
-    from ldm.config import validate
-    from ldm.formats.export import Exported, to_single_file
-    from ldm.formats.export_diffusers import configs, write_tokenizer
-    from ldm.formats.tensors import MemoryTensor
-    from ldm.formats.write import write_json
-    from ldm.models.autoencoder import AutoencoderConfig
-    from ldm.models.model_config import ModelConfig, build
-    from ldm.models.text import ClipTextConfig
-
-    config = validate(SD15, ModelConfig, "SD 1.5")
-    assert isinstance(config.autoencoder, AutoencoderConfig) and isinstance(config.text, ClipTextConfig)
-    with torch.device("meta"):
-        networks = dict(zip(("autoencoder", "text", "unet"), build(config), strict=True))
-    pool = torch.randn(2**26, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
-    parts: dict[str, dict[str, StoredTensor]] = {}
-    for part, network in networks.items():
-        state = network.state_dict()  # type: ignore[attr-defined]
-        # Views of the same random numbers: the file is 2 GB, this process is not.
-        parts[part] = {name: MemoryTensor(pool[: like.numel()].view(like.shape)) for name, like in state.items()}
-    model = Exported(config, config.autoencoder, config.text, parts)
-    to_single_file(folder / "sd15.safetensors", model)
-    for name, values in configs(model).items():
-        write_json(folder / "configs" / name, values)
-    write_tokenizer(folder / "configs" / "tokenizer", config.text)
-    return folder / "sd15.safetensors", folder / "configs"
-
-
 def load_ours(model: str, config: str, dtype: str) -> int:
     """Load with this program; returns the bytes of the weights."""
     import torch
@@ -115,7 +76,7 @@ def load_ours(model: str, config: str, dtype: str) -> int:
 
     bundle = Bundle.load(model, dtype=getattr(torch, dtype))
     parts = (bundle.autoencoder, bundle.text, bundle.unet)
-    return sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())  # type: ignore[union-attr]
+    return sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())  # type: ignore[union-attr]  # parts are modules
 
 
 def load_theirs(model: str, config: str, dtype: str) -> int:

@@ -16,7 +16,6 @@ from ldm.cli import ArgumentParser, printable, run, warn
 from ldm.errors import DataError, SettingError
 
 if TYPE_CHECKING:
-    from ldm.bundle import Bundle
     from ldm.models.model_config import ModelConfig
     from ldm.pipeline import GeneratedImage, TextToImage
     from ldm.request import GenerationRequest
@@ -55,6 +54,7 @@ SETTINGS = (
     "guidance_rescale",
     "guidance_interval",
     "perp_neg",
+    "reuse",
     "prompt_syntax",
     "rng",
     "seed",
@@ -94,6 +94,7 @@ def parser() -> ArgumentParser:
     basic.add_argument("--size", metavar="WxH", help="picture size in pixels [the model's]")
     advanced = made.add_argument_group("advanced")
     add_sampling(advanced)
+    advanced.add_argument("--reuse", metavar="N", help="1 … 20; ask coarse levels every Nth time: faster, worse [1]")
     advanced.add_argument("--width", metavar="N", help="64 … 2048, instead of --size")
     advanced.add_argument("--height", metavar="N", help="64 … 2048, instead of --size")
     advanced.add_argument("--batch-size", metavar="N", help="pictures drawn at once [what has 512x512 pixels together]")
@@ -104,6 +105,9 @@ def parser() -> ArgumentParser:
     )
     advanced.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps [auto]")
     advanced.add_argument("--dtype", metavar="NAME", help="auto, float32, bfloat16, float16 [auto]")
+    advanced.add_argument("--offload", action="store_true", help="networks are on the device only while they are asked")
+    advanced.add_argument("--tiled-vae", action="store_true", help="decode in bands of rows: less memory, same picture")
+    advanced.add_argument("--compile", action="store_true", help="translate the networks first: for many pictures")
     output = made.add_argument_group("output")
     output.add_argument("--outdir", metavar="FOLDER", help="where pictures go, as NNNN-prompt.png [outputs]")
     output.add_argument("--output", metavar="FILE", help="the exact name of one picture, instead of --outdir")
@@ -154,12 +158,14 @@ def main() -> None:
     """Check everything that can be checked, cheapest first; then load the model and draw."""
     args = parser().parse_args()
     # Paths are printed as the bytes they are, also where they are not UTF-8.
-    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # stdout is a text file
     requests = read_requests(args)
     preview_every = check_output(args, requests)
 
     from ldm import bundle
-    from ldm.machine import find_device, find_dtype
+    from ldm.machine import find_device, find_dtype, keep_compiled, keep_freed_memory
+    from ldm.models.autoencoder import KLAutoencoder
+    from ldm.pipeline import TextToImage, memory_plan
     from ldm.request import resolve, resolve_seed
 
     folder = bundle.find(args.model or bundle.DEFAULT)
@@ -167,18 +173,28 @@ def main() -> None:
     seed = resolve_seed(requests[0].seed)
     requests = [resolve(request.model_copy(update={"seed": seed}), config) for request in requests]
     note(args, differs(requests[0]))
-    if args.dry_run:
-        for request in requests:
-            show_plan(request, config, args.json)
-        return
     device = find_device(args.device or "auto")
     dtype, remark = find_dtype(args.dtype or "auto", device)
+    memory = {}
+    if args.dry_run or args.offload or args.tiled_vae:
+        memory = memory_plan(requests[0], config, dtype, args.offload, args.tiled_vae or device.type == "cpu")
+    if args.dry_run:
+        for request in requests:
+            show_plan(request, config, memory, args.json)
+        return
+    keep_freed_memory()
     note(args, remark)
+    note(args, ", ".join(f"{what}: {count / 1e9:.2f} GB" for what, count in memory.items()))
     note(args, f"seed: {seed}")
-    loaded = bundle.Bundle.load(str(folder), str(device), dtype, args.prediction)
+    loaded = bundle.Bundle.load(str(folder), "cpu" if args.offload else str(device), dtype, args.prediction)
+    if args.tiled_vae and isinstance(loaded.autoencoder, KLAutoencoder):
+        loaded.autoencoder.spare_memory()
+    if args.compile:
+        keep_compiled()
+        loaded.compile()
     if loaded.description is not None and loaded.description.layout != "bundle":
         note(args, f"{loaded.name}: {loaded.description.summary}")
-    draw_all(args, requests, loaded, preview_every)
+    draw_all(args, requests, TextToImage(loaded, str(device) if args.offload else None), preview_every)
 
 
 def differs(request: "GenerationRequest") -> str:
@@ -276,7 +292,7 @@ def outdir(args: argparse.Namespace) -> Path:
     return Path("outputs" if args.outdir is None else args.outdir)
 
 
-def show_plan(request: "GenerationRequest", config: "ModelConfig", as_json: bool) -> None:
+def show_plan(request: "GenerationRequest", config: "ModelConfig", memory: "dict[str, int]", as_json: bool) -> None:
     """Print what would be done: the settings, the timesteps and noise levels σ visited, and the cost."""
     from ldm.bundle import noise_schedule
     from ldm.pipeline import network_calls, route_of
@@ -292,24 +308,22 @@ def show_plan(request: "GenerationRequest", config: "ModelConfig", as_json: bool
         "start_scale": round(there.start, 5),
         "model_calls": network_calls(request, schedule) or "depends on the picture",
         "latents_per_model_call": images * passes,
+        "memory_bytes": memory,
     }
     print(json.dumps(plan) if as_json else "\n".join(f"{key}: {json.dumps(value)}" for key, value in plan.items()))
 
 
 def draw_all(
-    args: argparse.Namespace, requests: "Iterable[GenerationRequest]", bundle: "Bundle", preview_every: int
+    args: argparse.Namespace, requests: "Iterable[GenerationRequest]", pipeline: "TextToImage", preview_every: int
 ) -> None:
     """Draw every request in batches, with a progress bar on a terminal; every picture is saved when it is finished."""
     from tqdm import tqdm
 
-    from ldm.pipeline import TextToImage
-
-    pipeline = TextToImage(bundle)
     batches = [batch for request in requests for batch in request.batches()]
     total = sum(len(pipeline.route(batch).timesteps) for batch in batches)
     began, images = time.monotonic(), 0
     for prompt in dict.fromkeys(text for batch in batches for text in (batch.prompt, batch.negative_prompt)):
-        if cut := bundle.text.words_cut(prompt):
+        if cut := pipeline.bundle.text.words_cut(prompt):
             warn(f"prompt: the model reads only its beginning; cut: {cut}")
     with tqdm(total=total, unit="step", disable=args.quiet or not sys.stderr.isatty(), leave=False) as bar:
         for batch in batches:

@@ -114,7 +114,7 @@ def test_compvis_dpm_solver_ends_with_a_step_of_first_order_below_15_steps(steps
     def denoise(x: Any, sigma: float) -> Any:
         return x / (1 + sigma**2)
 
-    *_, before, last = sampler_of("compvis", "dpmpp_2m", "linspace", SD)(denoise, 3.0, found.sigmas)  # type: ignore[arg-type]
+    *_, before, last = sampler_of("compvis", "dpmpp_2m", "linspace", SD)(denoise, 3.0, found.sigmas)  # type: ignore[arg-type]  # a function in place of a network
     first_order = last.denoised + (before.x - last.denoised) * found.sigmas[-1] / found.sigmas[-2]
     assert (last.index, last.total) == (steps - 1, steps)
     assert (last.x == pytest.approx(first_order, rel=1e-9)) == lowered

@@ -17,14 +17,14 @@ def text(*values: float) -> Tensor:
 
 
 class Says:
-    """A network that says of every latent what its text is, and counts."""
+    """A network that says of every latent what its texts are, and counts the texts."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        self.sizes.append(len(x))
-        return context[:, :, :1, None].expand_as(x)
+        self.sizes.append(len(context))
+        return context[:, :, :1, None].expand(-1, *x.shape[1:])
 
 
 def test_guidance_is_one_call_and_skips_the_unprompted_estimate_at_scale_one() -> None:
@@ -94,7 +94,7 @@ def test_perp_neg_avoids_only_what_the_prompt_does_not_want() -> None:
     sizes: list[int] = []
 
     def network(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        sizes.append(len(x))
+        sizes.append(len(context))
         return torch.stack([torch.tensor(axes[value])[None, None] for value in context.flatten().tolist()])
 
     denoiser, x = Denoiser(network, SD, "x0"), torch.zeros(1, 1, 1, 2)

@@ -59,14 +59,14 @@ def test_stream_goes_on_with_one_generator_as_other_programs_do() -> None:
 )
 def test_philox_gives_the_known_answers_of_random123(word: int, keys: tuple[int, int], answer: str) -> None:
     counter = tuple(np.array([word], dtype=np.uint32) for _ in range(4))
-    words = philox.philox(counter, keys)  # type: ignore[arg-type]
+    words = philox.philox(counter, keys)  # type: ignore[arg-type]  # numpy arrays broadcast
     assert " ".join(f"{int(w[0]):08x}" for w in words) == answer
 
 
 def test_philox_gives_the_known_answer_for_the_digits_of_pi() -> None:
     words = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     counter = tuple(np.array([word], dtype=np.uint32) for word in words)
-    drawn = philox.philox(counter, (0xA4093822, 0x299F31D0))  # type: ignore[arg-type]
+    drawn = philox.philox(counter, (0xA4093822, 0x299F31D0))  # type: ignore[arg-type]  # numpy arrays broadcast
     assert " ".join(f"{int(w[0]):08x}" for w in drawn) == "d16cfe09 94fdcceb 5001e420 24126ea1"
 
 

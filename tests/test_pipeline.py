@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.bundle import Bundle, build
 from ldm.config import validate
@@ -37,7 +38,7 @@ def latent(pipeline: TextToImage, **settings: object) -> torch.Tensor:
 
 
 class Counting(torch.nn.Module):
-    """A network that counts its calls and the latents it sees."""
+    """A network that counts its calls and what they ask for: each latent once for every text."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Counting(torch.nn.Module):
         self.sizes: list[int] = []
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        self.sizes.append(len(x))
+        self.sizes.append(len(context))
         return self.network(x, t, context)
 
 
@@ -71,7 +72,9 @@ def test_prompt_and_negative_prompt_change_the_image(pipeline: TextToImage) -> N
 def test_image_is_the_same_alone_and_in_a_batch(pipeline: TextToImage, sampler: str) -> None:
     together = latent(pipeline, sampler=sampler, num_images=4, seed=2**32 - 2)
     for index, seed in enumerate((2**32 - 2, 2**32 - 1, 0, 1)):  # the seed wraps
-        assert torch.allclose(together[index], latent(pipeline, sampler=sampler, seed=seed)[0], atol=1e-4)
+        assert torch.allclose(together[index], latent(pipeline, sampler=sampler, seed=seed)[0], atol=3e-4), (
+            "rounding alone"
+        )
 
 
 @pytest.mark.parametrize("rng", RNGS)
@@ -109,6 +112,28 @@ def test_guidance_interval_and_perp_neg_cost_what_they_need(tiny_bundle: Bundle)
         counting = Counting(tiny_bundle.unet)
         list(TextToImage(replace(tiny_bundle, unet=counting)).stream(GenerationRequest(**asked, **settings)))
         assert counting.sizes == sizes
+
+
+def test_sampling_never_waits_for_a_number_of_the_device(tiny_bundle: Bundle) -> None:
+    """On a GPU a number that Python asks for stops the stream of work; here the operation that brings it is counted."""
+
+    class Watching(TorchDispatchMode):
+        waits = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.waits += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    for sampler in ("ddim", "dpmpp_2m", "euler_ancestral"):
+        request = GenerationRequest(prompt="a", sampler=sampler, steps=3, guidance_rescale=0.5, rng="stream")
+        steps = TextToImage(tiny_bundle).stream(request)
+        next(steps)  # the texts are read and the noise is drawn
+        with Watching() as watching:
+            rest = list(steps)
+        assert len(rest) == 2 and watching.waits == 0
+        with Watching() as watching:
+            rest[-1].x.sum().item()
+        assert watching.waits == 1
 
 
 @pytest.mark.parametrize("setting", [{"guidance_rescale": 0.7}, {"perp_neg": 1.0}, {"guidance_interval": "0.1,2"}])
@@ -235,7 +260,7 @@ def test_latents_that_are_not_finite_become_an_error_and_no_picture(tiny_bundle:
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-            return x * float("nan")
+            return torch.full((len(context), *x.shape[1:]), float("nan"))
 
     with pytest.raises(NotFiniteError, match="latent: "):
         next(iter(TextToImage(replace(tiny_bundle, unet=Broken()))(REQUEST)))
@@ -245,7 +270,7 @@ def test_picture_that_overflows_in_half_precision_is_decoded_in_fp32(tiny_bundle
     clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = TextToImage(tiny_bundle).decode(clean)[0]
 
-    class OverflowsInHalf(type(tiny_bundle.autoencoder)):  # type: ignore[misc]
+    class OverflowsInHalf(type(tiny_bundle.autoencoder)):  # type: ignore[misc]  # a class found at run time
         def decode(self, latent: torch.Tensor) -> torch.Tensor:
             image = super().decode(latent)
             return image * float("inf") if self.post_quant_conv.weight.dtype == torch.bfloat16 else image

@@ -19,7 +19,10 @@ class Network(Protocol):
     """What the mathematics knows of the UNet."""
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """A prediction (b c h w) for noisy latents (b c h w) of unit variance at timesteps (b,)."""
+        """A prediction for noisy latents (b c h w) of unit variance at timesteps (b,), one for each text.
+
+        With several texts for every latent, the first text of all latents comes first, in `context` and the result.
+        """
         ...
 
 
@@ -52,13 +55,14 @@ class Denoiser:
         return self.clean(x, sigma, self.output(x, sigma, text))
 
     def output(
-        self, x: Float[Tensor, "b c h w"], sigma: float, text: Float[Tensor, "b l d"]
-    ) -> Float[Tensor, "b c h w"]:
-        """What the network says of x = x0 + σ·noise, in the dtype of x."""
+        self, x: Float[Tensor, "b c h w"], sigma: float, text: Float[Tensor, "k l d"]
+    ) -> Float[Tensor, "k c h w"]:
+        """What the network says of x = x0 + σ·noise, in the dtype of x, for each text of every latent."""
         timestep = self.told.get(sigma, self.schedule.timestep(sigma))
         t = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
         scaled = (x / (1.0 + sigma * sigma) ** 0.5).to(self.dtype)
-        return self.network(scaled, t, text.to(self.dtype)).to(x.dtype)
+        # A copy: the next answer of a compiled network may lie where this one does.
+        return self.network(scaled, t, text.to(self.dtype)).to(x.dtype, copy=True)
 
     def clean(
         self, x: Float[Tensor, "b c h w"], sigma: float, output: Float[Tensor, "b c h w"]

@@ -47,7 +47,7 @@ def classifier_free(
     both = torch.cat([negative, positive])
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        without, with_prompt = denoiser.output(torch.cat([x, x]), sigma, both).chunk(2)
+        without, with_prompt = denoiser.output(x, sigma, both).chunk(2)
         output = without + scale * (with_prompt - without)
         return denoiser.clean(x, sigma, rescaled(output, with_prompt, rescale))
 
@@ -70,7 +70,7 @@ def perpendicular_negative(
     all_three = torch.cat([empty, negative, positive])
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        without, avoided, with_prompt = denoiser.output(torch.cat([x, x, x]), sigma, all_three).chunk(3)
+        without, avoided, with_prompt = denoiser.output(x, sigma, all_three).chunk(3)
         wanted = with_prompt - without
         output = without + scale * (wanted - weight * perpendicular(avoided - without, wanted))
         return denoiser.clean(x, sigma, rescaled(output, with_prompt, rescale))

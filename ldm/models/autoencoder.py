@@ -4,17 +4,17 @@ Latents leave this file normalised (mean 0, standard deviation 1 per channel, or
 and come back so; no other file sees a scale factor.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.nn.layers import Downsample, PixelAttention, ResBlock, Upsample
+from ldm.nn.layers import Downsample, PixelAttention, ResBlock, Upsample, silu
 
 NORM_EPS = 1e-6
 
@@ -124,10 +124,11 @@ class _Block(nn.Module):
         if resample is not None and module is not None:
             self.add_module(resample, nn.ModuleList([module]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resnets:
-            x = block(x)
-        return x if self.resample is None else self.get_submodule(f"{self.resample}.0")(x)
+    def layers(self) -> Iterator[nn.Module]:
+        """All layers in order. Who calls them one by one holds only what the next one reads: states are large here."""
+        yield from self.resnets
+        if self.resample is not None:
+            yield self.get_submodule(f"{self.resample}.0")
 
 
 class _Middle(nn.Module):
@@ -169,8 +170,10 @@ class Encoder(nn.Module):
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z h2 w2"]:
         x = self.conv_in(image)
         for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+            assert isinstance(block, _Block)
+            for layer in block.layers():
+                x = layer(x)
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -197,8 +200,10 @@ class Decoder(nn.Module):
     def forward(self, latent: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c h2 w2"]:
         x = self.mid_block(self.conv_in(latent))
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            assert isinstance(block, _Block)
+            for layer in block.layers():
+                x = layer(x)
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 class KLAutoencoder(nn.Module):
@@ -217,6 +222,12 @@ class KLAutoencoder(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def spare_memory(self) -> None:
+        """Compute in bands of rows from now on, on every device: the same pictures, more slowly on a GPU."""
+        for module in self.modules():
+            if isinstance(module, ResBlock | Upsample):
+                module.sparing = True
 
     def posterior(self, image: Float[Tensor, "b c h w"]) -> Gaussian:
         """The raw posterior, before normalisation; log-variance clamped to [−30, 20] as in the reference."""

@@ -17,6 +17,13 @@ class ClipConfig(Config):
     layers: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (1, 1, 1, 1)
 
 
+class TowersConfig(Config):
+    """Both towers of a CLIP that is no part of a model."""
+
+    clip: ClipConfig
+    text: ClipTextConfig
+
+
 class Clip(nn.Module):
     """Both towers; a convolutional image tower learns more from few pictures than a transformer (2404.08197)."""
 

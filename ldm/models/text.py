@@ -1,7 +1,7 @@
-"""A prompt becomes vectors: CLIP's text transformer through open_clip, or a learned vector per label."""
+"""A prompt becomes vectors: CLIP's text transformer behind open_clip's tokenizer, or a fixed vector per label."""
 
 import gzip
-import importlib.resources
+import importlib.util
 import os
 import re
 import tempfile
@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ldm.cli import nearest
 from ldm.config import Config
 from ldm.errors import SettingError
+from ldm.models.text_tower import TextTower, embedding
 
 # open_clip's vocabulary: 256 bytes, the same 256 as word ends, the merges, and the two special tokens.
 BYTES_AND_SPECIALS = 514
@@ -105,19 +107,32 @@ def open_clip_module() -> Any:
 
 
 @cache
+def tokenizer_module() -> tuple[Path, Any]:
+    """open_clip's folder and its module `tokenizer`, which stands alone: the package around it takes seconds."""
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None and package.submodule_search_locations
+    folder = Path(package.submodule_search_locations[0])
+    found = importlib.util.spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return folder, module
+
+
+@cache
 def tokenizer(vocabulary: int, context_length: int) -> Any:
     """open_clip's byte-pair tokenizer, reduced to the first merges where the vocabulary is smaller."""
-    open_clip = open_clip_module()
+    folder_of_open_clip, tokenizers = tokenizer_module()
     if vocabulary == 49408:
-        return open_clip.SimpleTokenizer(context_length=context_length)
-    source = importlib.resources.files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
+        return tokenizers.SimpleTokenizer(context_length=context_length)
+    source = folder_of_open_clip / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(source.read_bytes()).decode("utf-8").split("\n")
     kept = lines[: 1 + vocabulary - BYTES_AND_SPECIALS]  # the first line is a header
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "merges.txt.gz")
         with gzip.open(path, "wb") as file:
             file.write("\n".join(kept).encode("utf-8"))
-        made = open_clip.SimpleTokenizer(bpe_path=path, context_length=context_length)
+        made = tokenizers.SimpleTokenizer(bpe_path=path, context_length=context_length)
     assert made.vocab_size == vocabulary, (made.vocab_size, vocabulary)
     return made
 
@@ -157,18 +172,10 @@ class ClipTextEncoder(nn.Module):
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
-        open_clip_module()
-        from open_clip.transformer import QuickGELU, TextTransformer
-
         self.config = config
-        self.tower = TextTransformer(
-            context_length=config.context_length,
-            vocab_size=config.vocabulary,
-            width=config.width,
-            heads=config.heads,
-            layers=config.layers,
-            output_dim=None,
-            act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
+        quick = config.activation == "quick_gelu"
+        self.tower = TextTower(
+            config.context_length, config.vocabulary, config.width, config.heads, config.layers, quick
         )
 
     def tokenize(self, prompts: Sequence[str]) -> Int[Tensor, "b l"]:
@@ -221,7 +228,7 @@ class LabelEncoder(nn.Module):
     def __init__(self, config: LabelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(len(config.labels) + 1, config.width)
+        self.embedding = embedding(len(config.labels) + 1, config.width)
 
     def words_cut(self, prompt: str) -> str:
         """Nothing: a label is read whole or refused."""

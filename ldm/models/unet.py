@@ -1,13 +1,24 @@
 """The denoising network: Stable Diffusion's cross-attention UNet, from its config."""
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
-from ldm.nn.layers import Downsample, ResBlock, SpatialTransformer, TimestepMLP, Upsample, timestep_embedding, zero_init
+from ldm.nn.layers import (
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    TimestepMLP,
+    Upsample,
+    per_text,
+    silu,
+    timestep_embedding,
+    zero_init,
+)
 
 NORM_EPS = 1e-5
 
@@ -99,9 +110,21 @@ class UpLevel(_Level):
             self.upsamplers = nn.ModuleList([Upsample(pairs[-1][1])])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
-        for index in range(len(self.resnets)):
-            x = self.block(index, torch.cat([x, skips.pop()], dim=1), time, context)
+        x = self.finest(self.coarse(x, time, context, skips), time, context, skips)
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+
+    def coarse(self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        """All blocks but the last two."""
+        return self._blocks(range(len(self.resnets) - 2), x, time, context, skips)
+
+    def finest(self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        """The last two blocks, which on the finest level read the first two states of the way down."""
+        return self._blocks(range(len(self.resnets) - 2, len(self.resnets)), x, time, context, skips)
+
+    def _blocks(self, indices: range, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        for index in indices:
+            x = self.block(index, torch.cat([x, per_text(skips.pop(), x)], dim=1), time, context)
+        return x
 
 
 class Middle(_Level):
@@ -166,15 +189,34 @@ class UNet(nn.Module):
         self,
         x: Float[Tensor, "b c h w"],
         t: Float[Tensor, " b"],
-        context: Float[Tensor, "b l width"],
-    ) -> Float[Tensor, "b out h w"]:
-        """`x` with unit variance at timestep `t` (0…999, may be fractional); sides a multiple of `config.factor`."""
-        time = self.time_embedding(timestep_embedding(t, self.config.channels).to(x.dtype))
+        context: Float[Tensor, "k l width"],
+        keep: Callable[[Tensor], None] | None = None,
+    ) -> Float[Tensor, "k out h w"]:
+        """`x` with unit variance at timestep `t` (0…999, may be fractional); sides a multiple of `config.factor`.
+
+        There may be several texts for each of b latents, k = texts · b rows, the first text of all latents first: what
+        comes before the first cross-attention is then computed once for all texts. `keep` gets the state that the last
+        two blocks start from, in which all coarser levels have had their say.
+        """
+        time = self.embedded(t, x)
         x = self.conv_in(x)
         skips = [x]
         for down in self.down_blocks:
             x = down(x, time, context, skips)
         x = self.mid_block(x, time, context)
-        for up in self.up_blocks:
+        *coarser, last = self.up_blocks
+        for up in coarser:
             x = up(x, time, context, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        assert isinstance(last, UpLevel)
+        x = last.coarse(x, time, context, skips)
+        if keep is not None:
+            keep(x)
+        return self.said(last.finest(x, time, context, skips))
+
+    def embedded(self, t: Float[Tensor, " b"], x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b width"]:
+        """What every block is told of the timestep, in the dtype of `x`."""
+        return self.time_embedding(timestep_embedding(t, self.config.channels).to(x.dtype))
+
+    def said(self, x: Float[Tensor, "k c h w"]) -> Float[Tensor, "k out h w"]:
+        """The prediction, from the last state."""
+        return self.conv_out(silu(self.conv_norm_out(x)))

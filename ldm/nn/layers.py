@@ -8,10 +8,11 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ldm.nn import cpu
 from ldm.nn.attention import Attention
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -26,7 +27,17 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 def channels_last(module: Module) -> Module:
     """`module` with its convolutions laid out as CPUs and tensor cores read them fastest."""
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a state that nobody else reads: in place, unless its gradient needs what was there."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def per_text(x: Float[Tensor, "b *rest"], like: Float[Tensor, "k *other"]) -> Float[Tensor, "k *rest"]:  # noqa: F821
+    """`x` as often as `like` has texts for it: before the first cross-attention, all texts have the same state."""
+    return x if len(x) == len(like) else repeat(x, "b ... -> (texts b) ...", texts=len(like) // len(x))
 
 
 def timestep_embedding(t: Float[Tensor, " b"], width: int, max_period: float = 10_000.0) -> Float[Tensor, "b width"]:
@@ -52,6 +63,8 @@ class TimestepMLP(nn.Module):
 class ResBlock(nn.Module):
     """norm → SiLU → conv, twice, around a residual; a timestep embedding is added between the two."""
 
+    sparing = False  # whether memory matters more than time, also where there is no need
+
     def __init__(
         self,
         in_channels: int,
@@ -74,14 +87,29 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b t"] | None = None
-    ) -> Float[Tensor, "b out h w"]:
-        hidden = self.conv1(F.silu(self.norm1(x)))
+        self, x: Float[Tensor, "k c h w"], time: Float[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "k out h w"]:
+        large = x[0].numel() >= cpu.LARGE and cpu.draws_on_cpu(x)
+        if time is None and (large or self.sparing) and not torch.is_grad_enabled():
+            return self._in_bands(x)
+        hidden = self.conv1(silu(self.norm1(x)))
         if self.time_emb_proj is not None:
             assert time is not None
-            hidden = hidden + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+            hidden = hidden + per_text(self.time_emb_proj(F.silu(time)), hidden)[:, :, None, None]
+        hidden = self.conv2(self.dropout(silu(self.norm2(hidden))))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+    def _in_bands(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h w"]:
+        """The same with no more in memory than `x`, the result and a few rows."""
+        shape = (x.shape[0], self.conv1.out_channels, *x.shape[2:])
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        cpu.convolved(self.norm1, self.conv1, x, out)
+        cpu.convolved(self.norm2, self.conv2, out, out)
+        if self.conv_shortcut is None:
+            return out.add_(x)
+        for top, bottom in cpu.bands(x):
+            out[:, :, top:bottom] += self.conv_shortcut(x[:, :, top:bottom])
+        return out
 
 
 class Downsample(nn.Module):
@@ -99,11 +127,16 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Twice the side: nearest neighbour, then a 3×3 convolution."""
 
+    sparing = False
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        many = x.shape[2] * x.shape[3] >= cpu.MANY_PIXELS and cpu.draws_on_cpu(x)
+        if (many or self.sparing) and not torch.is_grad_enabled():
+            return cpu.doubled(x, self.conv)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -115,6 +148,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * out_width)
 
     def forward(self, x: Float[Tensor, "b n width"]) -> Float[Tensor, "b n out"]:
+        if type(self.proj) is nn.Linear and cpu.draws_on_cpu(x):  # and not one with low-rank additions
+            return cpu.gated(x, self.proj)
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -145,9 +180,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width, dropout)
 
     def forward(
-        self, x: Float[Tensor, "b n width"], context: Float[Tensor, "b l context"]
-    ) -> Float[Tensor, "b n width"]:
-        x = x + self.attn1(self.norm1(x))
+        self, x: Float[Tensor, "b n width"], context: Float[Tensor, "k l context"]
+    ) -> Float[Tensor, "k n width"]:
+        x = per_text(x + self.attn1(self.norm1(x)), context)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -178,7 +213,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero_init(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "b l context"]) -> Float[Tensor, "b c h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "k l context"]) -> Float[Tensor, "k c h w"]:
         height = x.shape[2]
         hidden = self.norm(x)
         if not self.linear:
@@ -193,7 +228,7 @@ class SpatialTransformer(nn.Module):
         hidden = rearrange(hidden, "b (h w) c -> b c h w", h=height)
         if not self.linear:
             hidden = self.proj_out(hidden)
-        return x + hidden
+        return per_text(x, hidden) + hidden
 
 
 class PixelAttention(Attention):
@@ -203,6 +238,6 @@ class PixelAttention(Attention):
         super().__init__(channels, heads=1, qkv_bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:  # type: ignore[override]
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:  # type: ignore[override]  # pixels, not a sequence
         sequence = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
         return x + rearrange(super().forward(sequence), "b (h w) c -> b c h w", h=x.shape[2])

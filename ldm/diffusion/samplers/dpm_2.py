@@ -12,16 +12,13 @@ if TYPE_CHECKING:
 
 def dpm_2(denoise: Denoise, x: "Tensor", sigmas: Sequence[float], noise: Noise | None = None) -> Iterator[Step]:
     """To σ_next along the slope in the middle (k-diffusion's `sample_dpm_2`)."""
-    total = len(sigmas) - 1
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        x, x0 = _midpoint(denoise, x, sigma, sigma_next)
-        yield Step(i, total, sigma_next, x, x0)
+    return dpm_2_ancestral(denoise, x, sigmas, noise, eta=0.0)
 
 
 def dpm_2_ancestral(
     denoise: Denoise, x: "Tensor", sigmas: Sequence[float], noise: Noise | None = None, eta: float = 1.0
 ) -> Iterator[Step]:
-    """The same down to less than the next level, then fresh noise up to it (`sample_dpm_2_ancestral`)."""
+    """`dpm_2` down to less than the next level, then fresh noise up to it (`sample_dpm_2_ancestral`)."""
     total = len(sigmas) - 1
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         down, up = ancestral_split(sigma, sigma_next, eta)

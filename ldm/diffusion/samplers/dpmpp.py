@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 def dpmpp_2s(denoise: Denoise, x: "Tensor", sigmas: Sequence[float], noise: Noise | None = None) -> Iterator[Step]:
     """Lu et al. 2022b, Algorithm 1 with r = ½: the clean estimate in the middle holds for the whole step."""
-    total = len(sigmas) - 1
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        x, x0 = _second(denoise, x, sigma, sigma_next)
-        yield Step(i, total, sigma_next, x, x0)
+    return dpmpp_2s_ancestral(denoise, x, sigmas, noise, eta=0.0)
 
 
 def dpmpp_2s_ancestral(

@@ -1,0 +1,154 @@
+"""What layers compute when they draw on a CPU: the numbers of training, up to rounding, from less work and memory."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import product
+from threading import Barrier
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+# Scores of attention in a block, and numbers in a band of rows: so many that they stay in the caches.
+SCORES = 2**20
+BAND = 2**22
+# From so many keys on two products and a softmax are faster than PyTorch's fused kernel.
+MANY_KEYS = 64
+# Vector registers hold 16 numbers of fp32: products whose results are a multiple of 16 wide leave none of them empty.
+LANES = 16
+# From so many numbers of an image on its state is convolved in bands, and from so many pixels on weights are folded.
+# Not of a batch: an image does not depend on those beside it.
+LARGE = 2**24
+MANY_PIXELS = 256
+
+
+def draws_on_cpu(x: Tensor) -> bool:
+    """Whether only the result counts: the device is a CPU, and nobody asks for gradients."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def attention_in_blocks(
+    query: Float[Tensor, "b heads n d"], key: Float[Tensor, "b heads m d"], value: Float[Tensor, "b heads m d"]
+) -> Float[Tensor, "b heads n d"]:
+    """Attention for some heads and rows of queries at a time, as two products and a softmax.
+
+    In bf16 a CPU multiplies matrices at twice the speed of fp32, which PyTorch's fused kernel does not reach. The
+    price: the scores are rounded to bf16 too. Every block is the work of one thread: threads that share a block wait
+    for one another at each of its operations, and that is long where other programs need the cores.
+    """
+    batch, heads, rows, width = query.shape
+    columns, mode = key.shape[2], torch.is_inference_mode_enabled()
+    # Each head's rows behind one another: products copy what lies otherwise, for every block again.
+    query, key = (query * width**-0.5).contiguous(), key.contiguous()
+    value = F.pad(value, (0, -width % LANES)).contiguous()
+    # Laid out as the projection behind it reads it.
+    out = query.new_empty(batch, rows, heads, width).transpose(1, 2)
+    together = min(heads, max(1, SCORES // (rows * columns)))
+    height = min(rows, max(1, SCORES // (together * columns)))
+
+    def block(place: tuple[int, int, int]) -> None:
+        image, head, row = place
+        some, part = slice(head, head + together), slice(row, row + height)
+        with torch.inference_mode(mode), torch.no_grad():
+            scores = torch.bmm(query[image, some, part], key[image, some].mT)
+            torch.softmax(scores, dim=-1, out=scores)
+            out[image, some, part] = torch.bmm(scores, value[image, some])[..., :width]
+
+    blocks = product(range(batch), range(0, heads, together), range(0, rows, height))
+    for _ in single_threads(torch.get_num_threads()).map(block, blocks):
+        pass
+    return out
+
+
+@cache
+def single_threads(count: int) -> ThreadPoolExecutor:
+    """So many threads of Python, each of which computes with no other one of PyTorch's."""
+
+    def start() -> None:
+        ready.wait()  # all are there before one begins: none does another's start
+        torch.get_num_threads()  # a thread's first question takes over the number of all; then it gets its own
+        torch.set_num_threads(1)
+        ready.wait()
+
+    ready = Barrier(count + 1)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="attention")
+    started = [pool.submit(start) for _ in range(count)]
+    ready.wait()
+    ready.wait()
+    for one in started:
+        one.result()
+    torch.set_num_threads(count)  # it was also the number that threads to come start with
+    return pool
+
+
+def gated(x: Float[Tensor, "... i"], proj: nn.Linear) -> Float[Tensor, "... o"]:
+    """GEGLU with a product for each half: GELU is several times as fast on numbers that lie behind one another."""
+    value, gate = proj.weight.chunk(2)
+    value_bias, gate_bias = proj.bias.chunk(2)
+    activated = F.gelu(F.linear(x, gate, gate_bias))
+    return F.linear(x, value, value_bias).mul_(activated)
+
+
+def doubled(x: Float[Tensor, "b c h w"], conv: nn.Conv2d) -> Float[Tensor, "b o h2 w2"]:
+    """A 3×3 convolution of `x` enlarged twice by nearest neighbour, from four 2×2 convolutions of `x` itself.
+
+    The 3×3 window sees only 2×2 different pixels of `x`; weights that meet the same one are added beforehand. That
+    leaves 4/9 of the products, and the enlarged `x` is never in memory.
+    """
+    batch, _, height, width = x.shape
+    shape = (batch, conv.out_channels, 2 * height, 2 * width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    for down, right in product((0, 1), repeat=2):
+        part = slice(down, down + height), slice(right, right + width)
+        weight = folded(conv.weight, down, right)
+        out[:, :, down::2, right::2] = F.conv2d(x, weight, conv.bias, padding=1)[:, :, *part]
+    return out
+
+
+def folded(weight: Float[Tensor, "o i 3 3"], down: int, right: int) -> Float[Tensor, "o i 2 2"]:
+    """The weights for the upper or lower, left or right of the four pixels that one pixel becomes."""
+    made = weight.permute(0, 2, 3, 1).float()
+    for axis, second in ((1, down), (2, right)):
+        before, here, after = made.unbind(axis)
+        made = torch.stack((before + here, after) if second else (before, here + after), axis)
+    return made.to(weight.dtype).permute(0, 3, 1, 2)
+
+
+def convolved(
+    norm: nn.GroupNorm, conv: nn.Conv2d, x: Float[Tensor, "b c h w"], out: Float[Tensor, "b o h w"]
+) -> Float[Tensor, "b o h w"]:
+    """conv(SiLU(norm(x))) of a 3×3 convolution, a band of rows at a time, written into `out`, which may be `x`."""
+    weight, bias, height = norm.weight.float(), norm.bias.float(), x.shape[2]
+    for image, result in zip(x.split(1), out.split(1), strict=True):
+        mean, variance = statistics(norm, image)
+        above = image[:, :, :1]
+        for top, bottom in bands(image):
+            band = image[:, :, top : bottom + 1]
+            if top:
+                band = torch.cat([above, band], dim=2)
+            above = image[:, :, bottom - 1 : bottom].clone()  # as it was, for the next band
+            band = F.silu(F.batch_norm(band, mean, variance, weight, bias, eps=norm.eps), inplace=True)
+            band = F.pad(band, (0, 0, int(top == 0), int(bottom == height)))
+            result[:, :, top:bottom] = F.conv2d(band, conv.weight, conv.bias, padding=(0, 1))
+    return out
+
+
+def bands(x: Float[Tensor, "b c h w"]) -> list[tuple[int, int]]:
+    """First row and the one behind the last of every band."""
+    height = x.shape[2]
+    rows = max(1, BAND // (x.shape[1] * x.shape[3]))
+    return [(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+
+def statistics(norm: nn.GroupNorm, image: Float[Tensor, "1 c h w"]) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """Mean and variance of every channel's group, in fp32: those of the channels, and how the means lie apart."""
+    if image.is_meta:  # for which there is no such operation; the result is as small
+        return image.new_empty(image.shape[1]), image.new_empty(image.shape[1])
+    unused = torch.zeros(image.shape[1], device=image.device)
+    mean, variance = torch.batch_norm_update_stats(image, unused, unused.clone(), 0.0)
+    means, variances = (rearrange(found, "(group c) -> group c", group=norm.num_groups) for found in (mean, variance))
+    spread = variances.mean(dim=1) + means.var(dim=1, correction=0)
+    size = image.shape[1] // norm.num_groups
+    return means.mean(dim=1).repeat_interleave(size), spread.repeat_interleave(size)

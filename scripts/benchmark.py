@@ -1,0 +1,271 @@
+"""Measure how fast Stable Diffusion 1.5 runs here, beside diffusers and beside what the machine can do at all."""
+
+import argparse
+import json
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ldm.cli import ArgumentParser, run, warn
+from ldm.errors import DataError, SettingError
+
+if TYPE_CHECKING:
+    from ldm.evaluation.speed import Comparison
+
+ROOT = Path(__file__).resolve().parent.parent
+EPILOG = """examples:
+  python scripts/benchmark.py --out before.json
+  python scripts/benchmark.py --only unet,decode --repeat 7 --baseline before.json
+  python scripts/benchmark.py --device cuda --batch 1,16 --compile
+All weights are random: speed and memory do not depend on them. The contenders take turns, so that what drifts meets all
+of them alike; a ratio is the median of the ratios of all turns. The roofline is measured first, in the same run: a
+square matrix product, and a 3x3 convolution of 320 channels. Memory is the peak of a process of its own."""
+PROCESSES = ("start", "sample")
+PARTS = (*PROCESSES, "text", "unet", "decode", "encode", "attention", "train")
+PROMPT = "a red circle to the left of a blue square"
+Figures = dict[str, dict[str, Any]]
+
+
+def parser() -> ArgumentParser:
+    """The flags."""
+    made = ArgumentParser(description=__doc__, epilog=EPILOG, prog="benchmark.py")
+    made.add_argument("--only", default=",".join(PARTS), metavar="A,B,…", help=f"of {', '.join(PARTS)} [all]")
+    made.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda [auto]")
+    made.add_argument("--dtype", default="auto", metavar="NAME", help="ours and diffusers' best [auto]")
+    made.add_argument("--side", metavar="PIXELS", help="of the pictures [512]")
+    made.add_argument("--batch", default="1", metavar="N,…", help="pictures at once [1]")
+    made.add_argument("--repeat", metavar="N", help="turns of each contender [5; whole processes 2]")
+    made.add_argument("--steps", default="4", metavar="N", help="of whole processes [4]")
+    made.add_argument("--compile", action="store_true", help="the UNet also compiled, ours and theirs")
+    made.add_argument("--quick", action="store_true", help="one turn at 256 pixels: to see that it runs")
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    made.add_argument("--baseline", type=Path, metavar="FILE", help="compare with the figures of an earlier run")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    made.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # one whole process
+    return made
+
+
+def main() -> None:
+    """Measure what is asked for, print tables in Markdown as the figures come, and write them down."""
+    args = parser().parse_args()
+    if args.child:
+        child(*args.child)
+        return
+    chosen, batches, repeat, side, steps = checked(args)
+    before = read_baseline(args.baseline) if args.baseline else {}
+    with_theirs = find_spec("diffusers") is not None
+    if not with_theirs:
+        warn("diffusers: not installed, so nothing is compared with it; install the extra parity")
+    figures: Figures = {"machine": machine()}
+    whole = [part for part in PROCESSES if part in chosen]
+    if whole:
+        for what, found in processes(whole, args, with_theirs, min(repeat, 2), side, steps):
+            figures[what] = found
+            show(what, found)
+    if set(chosen) - set(PROCESSES):
+        for batch in batches:
+            for comparison in contests(chosen, args, with_theirs, repeat, side, batch, figures):
+                figures[comparison.what] = comparison.values()
+                show(comparison.what, figures[comparison.what])
+    if before:
+        show_change(before, figures)
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def checked(args: argparse.Namespace) -> tuple[list[str], list[int], int, int, int]:
+    """What to measure, and the numbers of the flags. Raises SettingError."""
+    from ldm.cli import nearest
+    from ldm.outputs import check_writable
+    from ldm.request import whole
+
+    chosen = args.only.split(",")
+    for name in chosen:
+        if name not in PARTS:
+            raise SettingError(f"only: no part {name[:40]!r}{nearest(name[:40], PARTS)}; use of {', '.join(PARTS)}")
+    try:
+        side = whole(64, 2048, 512)(args.side or (256 if args.quick else 512))
+        repeat = whole(1, 1000, 5)(args.repeat or (1 if args.quick else 5))
+        steps = whole(1, 1000, 4)("1" if args.quick else args.steps)
+        batches = [whole(1, 1000, 1)(text) for text in args.batch.split(",")]
+    except ValueError as error:
+        raise SettingError(f"side, repeat, steps, batch: {error}") from None
+    if side % 64:
+        raise SettingError(f"side: {side} is not a multiple of 64; use 512")
+    if args.out:
+        check_writable(args.out.parent)
+    return chosen, batches, repeat, side, steps
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, beside the program."""
+    import platform
+
+    import torch
+
+    name = next((line.split(":")[1].strip() for line in lines_of("/proc/cpuinfo") if "model name" in line), "")
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {**versions, "processor": name or platform.machine(), "threads": torch.get_num_threads(), "gpu": cuda}
+
+
+def lines_of(path: str) -> list[str]:
+    """The lines of a file of Linux's, none elsewhere."""
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
+def contests(
+    chosen: Sequence[str], args: argparse.Namespace, with_theirs: bool, repeat: int, side: int, batch: int,
+    figures: Figures,
+) -> "Iterator[Comparison]":  # fmt: skip
+    """The contests inside this process, behind the rooflines of both number formats."""
+    from dataclasses import asdict
+
+    import torch
+
+    from ldm.evaluation.contests import CONTESTS, Bench
+    from ldm.evaluation.speed import roofline
+    from ldm.machine import find_device, find_dtype, keep_freed_memory
+    from ldm.models.text import open_clip_module
+
+    open_clip_module()  # makes torchvision importable beside a CPU-only PyTorch; diffusers imports it too
+    device = find_device(args.device)
+    bench = Bench(device, find_dtype(args.dtype, device)[0], side, batch, repeat, args.compile, with_theirs)
+    for dtype in dict.fromkeys((torch.float32, bench.dtype, torch.bfloat16)):
+        bench.rooflines[str(dtype)] = found = roofline(dtype, device, 0.2 if args.quick else 2.0)
+        figures[f"roofline {dtype}"] = asdict(found)
+        rates = f"convolution {found.convolution / 1e9:,.0f}, product {found.product / 1e9:,.0f} GFLOP/s"
+        print(f"roofline, {dtype}: {rates}", flush=True)
+    keep_freed_memory()
+    for name in chosen:
+        if name in CONTESTS:
+            yield from CONTESTS[name](bench)
+
+
+def processes(
+    kinds: Sequence[str], args: argparse.Namespace, with_theirs: bool, repeat: int, side: int, steps: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Whole processes: until the UNet is first asked, and until the picture is written; with their memory."""
+    import torch
+
+    from ldm.evaluation.processes import ended
+    from ldm.evaluation.speed import compare
+    from ldm.evaluation.stand_in import write
+    from ldm.machine import find_device, find_dtype
+
+    device = find_device(args.device)
+    best = str(find_dtype(args.dtype, device)[0]).removeprefix("torch.")
+    programs = {"ldm": ("ldm", best)}
+    if with_theirs:
+        programs |= {"diffusers, default": ("diffusers", "float32"), "diffusers, best": ("diffusers", best)}
+    with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
+        model, config = write(Path(folder))
+        for kind in kinds:
+            peaks: dict[str, list[int]] = {name: [] for name in programs}
+
+            def work(name: str, kind: str = kind, peaks: dict[str, list[int]] = peaks) -> None:
+                given = (kind, *programs[name], str(device), str(model), str(config), str(steps), str(side))
+                command = [sys.executable, __file__, "--child", *given, f"{folder}/picture.png"]
+                peaks[name].append(ended(command)[1])
+
+            contenders = {name: partial(work, name) for name in programs}
+            found = compare(kind, contenders, repeat, torch.device("cpu"), warm_up=kind == "start").values()
+            for name, one in found["contenders"].items():  # type: ignore[attr-defined]  # JSON values
+                one["peak"] = max(peaks[name])
+            words = {"start": "from the start of the process to the first call of the UNet"}
+            yield words.get(kind, f"whole process, {steps} steps, {side}x{side}"), found
+
+
+def child(
+    kind: str, program: str, dtype: str, device: str, model: str, config: str, steps: str, side: str, to: str
+) -> None:
+    """Draw one picture as a user of a program does; of kind `start`, only until the UNet is first asked."""
+    Path(to).unlink(missing_ok=True)
+    if kind == "start":
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        def leave(module: object, _: object) -> None:
+            if type(module).__name__ in ("UNet", "UNet2DConditionModel"):
+                os._exit(0)
+
+        register_module_forward_pre_hook(leave)
+    if program == "ldm":
+        flags = ["--model", model, "--prompt", PROMPT, "--steps", steps, "--size", f"{side}x{side}", "--seed", "1"]
+        sys.argv = ["txt2img.py", *flags, "--device", device, "--dtype", dtype, "--output", to]
+        runpy.run_path(str(ROOT / "scripts" / "txt2img.py"), run_name="__main__")
+    else:
+        draw_with_diffusers(dtype, device, model, config, int(steps), int(side), to)
+
+
+def draw_with_diffusers(dtype: str, device: str, model: str, config: str, steps: int, side: int, to: str) -> None:
+    """What the documentation of diffusers says; in half precision with its advice on the layout."""
+    from ldm.models.text import open_clip_module
+
+    if find_spec("torchvision"):
+        open_clip_module()  # makes torchvision importable beside a CPU-only PyTorch
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_single_file(
+        model, config=config, torch_dtype=getattr(torch, dtype), local_files_only=True, safety_checker=None
+    ).to(device)
+    if dtype != "float32":
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(1)
+    made = pipe(PROMPT, num_inference_steps=steps, width=side, height=side, generator=generator)
+    made.images[0].save(to)
+
+
+def show(what: str, found: Mapping[str, Any]) -> None:
+    """Print the figures of one contest as a table."""
+    print(f"\n{what}" + ("" if found["quiet"] else " (other programs had part of the machine)"))
+    print("| | seconds | spread | of the roofline | peak memory | we are faster |\n|---|---|---|---|---|---|")
+    for name, one in found["contenders"].items():
+        seconds = one["seconds"]
+        spread = f"{min(seconds):.4g} to {max(seconds):.4g}"
+        roofline = f"{100 * one['of_roofline']:.0f} %" if one.get("of_roofline") else ""
+        memory = f"{one['peak'] / 1e6:,.0f} MB" if "peak" in one else ""
+        ratio = found["times_as_fast"].get(name)
+        faster = "" if ratio is None else f"{ratio[0]:.2f} times ({ratio[1]:.2f} to {ratio[2]:.2f})"
+        print(f"| {name} | {one['median']:.4g} | {spread} | {roofline} | {memory} | {faster} |", flush=True)
+
+
+def read_baseline(path: Path) -> Figures:
+    """The figures of an earlier run. Raises DataError."""
+    try:
+        found: Figures = json.loads(path.read_text(encoding="utf-8"))
+        assert all(isinstance(one, dict) for one in found.values())
+    except (OSError, ValueError, AttributeError, AssertionError):
+        raise DataError(f"{path}: not the figures of an earlier run; give the FILE of its --out") from None
+    return found
+
+
+def show_change(before: Figures, now: Figures) -> None:
+    """Print how our figures differ from an earlier run's: as shares of each run's roofline where there is one.
+
+    Seconds also say what else the machine did, and how warm it was; a share of what it could do then says less of that.
+    """
+    print("\n| ours | before | now | change |\n|---|---|---|---|")
+    for what in now.keys() & before.keys():
+        if "contenders" not in now[what] or "contenders" not in before[what]:
+            continue
+        old, new = (next(iter(run[what]["contenders"].values())) for run in (before, now))
+        if old.get("of_roofline") and new.get("of_roofline"):
+            a, b = old["of_roofline"], new["of_roofline"]
+            print(f"| {what} | {100 * a:.1f} % of the roofline | {100 * b:.1f} % | {b / a:.2f} times as fast |")
+        else:
+            a, b = old["median"], new["median"]
+            print(f"| {what} | {a:.4g} s | {b:.4g} s | {a / b:.2f} times as fast |")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,162 @@
+"""Measure how time and memory of a whole drawing grow with size, pictures at once, steps and length of the prompt."""
+
+import json
+import math
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ldm.cli import ArgumentParser, run
+from ldm.errors import MachineError, SettingError
+
+EPILOG = """examples:
+  python scripts/benchmark_growth.py --plot growth.svg --out growth.json
+  python scripts/benchmark_growth.py --model v1-5-pruned-emaonly.safetensors --axes side --steps 2
+Every point is a process of its own, `txt2img.py`; seconds are those that it says it drew, and memory is the peak of the
+process. What is expected is the time of the axis' first point times the operations that are counted for the others."""
+AXES: dict[str, tuple[int, ...]] = {
+    "side": (256, 384, 512, 768, 1024),
+    "batch": (1, 2, 4, 8, 16),
+    "steps": (1, 3, 10, 30, 100),
+    "words": (3, 30, 75, 300),
+}
+SECONDS = re.compile(r"images? in ([0-9.]+) s")
+Points = dict[int, tuple[float, float, float]]
+"""Value → seconds, expected seconds, bytes."""
+
+
+def parser() -> ArgumentParser:
+    """The flags."""
+    made = ArgumentParser(description=__doc__, epilog=EPILOG, prog="benchmark_growth.py")
+    made.add_argument("--model", metavar="NAME|PATH", help="bundle or file [the bundled model]")
+    made.add_argument("--axes", default=",".join(AXES), metavar="A,B,…", help=f"of {', '.join(AXES)} [all]")
+    made.add_argument("--side", default="256", metavar="PIXELS", help="of the pictures on the other axes [256]")
+    made.add_argument("--steps", default="10", metavar="N", help="of the pictures on the other axes [10]")
+    made.add_argument("--repeat", default="3", metavar="N", help="processes of each point; the fastest counts [3]")
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    made.add_argument("--plot", type=Path, metavar="FILE", help="write a plot as SVG")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def main() -> None:
+    """Draw with every value of every axis; print tables in Markdown, and draw them."""
+    args = parser().parse_args()
+    from ldm.bundle import DEFAULT
+    from ldm.outputs import check_writable
+    from ldm.request import whole
+
+    axes = args.axes.split(",")
+    if unknown := [name for name in axes if name not in AXES]:
+        raise SettingError(f"axes: no axis {unknown[0][:40]!r}; use of {', '.join(AXES)}")
+    try:
+        others = {"side": whole(64, 2048, 256)(args.side), "steps": whole(1, 1000, 10)(args.steps)}
+        repeat = whole(1, 100, 3)(args.repeat)
+    except ValueError as error:
+        raise SettingError(f"side, steps, repeat: {error}") from None
+    for path in (args.out, args.plot):
+        if path is not None:
+            check_writable(path.parent)
+    figures: dict[str, Points] = {}
+    for axis in axes:
+        figures[axis] = {}
+        print(f"\n| {axis} | seconds | expected | peak memory |\n|---|---|---|---|")
+        for value in AXES[axis]:
+            asked = {**others, "batch": 1, "words": 3, axis: value}
+            seconds, peak = min(drawn(args.model or DEFAULT, asked) for _ in range(repeat))
+            first = figures[axis].get(AXES[axis][0])
+            work = operations_of(args.model or DEFAULT, asked)
+            base = operations_of(args.model or DEFAULT, {**asked, axis: AXES[axis][0]})
+            expected = seconds if first is None else first[0] * work / base
+            figures[axis][value] = seconds, expected, peak
+            print(f"| {value} | {seconds:.2f} | {expected:.2f} | {peak / 1e6:,.0f} MB |", flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        args.plot.write_text(plot(figures), encoding="utf-8")
+
+
+def drawn(model: str, asked: Mapping[str, int]) -> tuple[float, float]:
+    """Seconds that a process needed for its pictures, and the peak of its memory in bytes."""
+    from ldm.evaluation.processes import ended
+
+    with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
+        flags = ["--model", model, "--size", f"{asked['side']}x{asked['side']}", "--steps", str(asked["steps"])]
+        flags += ["-n", str(asked["batch"]), "--batch-size", str(asked["batch"]), "--seed", "1", "--outdir", folder]
+        script = Path(__file__).with_name("txt2img.py")
+        said, peak = ended([sys.executable, str(script), "--prompt", "a red circle " * (asked["words"] // 3), *flags])
+    found = SECONDS.search(said)
+    if found is None:
+        raise MachineError("txt2img.py: did not say how long it drew; run it by itself")
+    return float(found[1]), peak
+
+
+def operations_of(model: str, asked: Mapping[str, int]) -> float:
+    """Operations of UNet and decoder for these pictures, counted on networks that compute nothing."""
+    import torch
+
+    from ldm.bundle import find, read_config
+    from ldm.evaluation.speed import operations
+    from ldm.models.model_config import build
+
+    config = read_config(find(model))
+    size, count = asked["side"] // config.autoencoder.factor, asked["batch"]
+    with torch.device("meta"):
+        autoencoder, _, unet = build(config)
+        latent = torch.empty(count, config.autoencoder.latent_channels, size, size)
+        given = torch.empty(2 * count, *latent.shape[1:]), torch.empty(2 * count)
+        states = torch.empty(2 * count, 77, config.unet.context_width)
+    steps = operations(lambda: unet(*given, states)).total * asked["steps"]
+    return steps + operations(lambda: autoencoder.decode(latent)).total
+
+
+def plot(figures: Mapping[str, Points]) -> str:
+    """A panel for each axis, both scales logarithmic, as SVG: seconds with what is expected dashed, and gigabytes."""
+    width, height = 380, 300
+    panels = [panel(axis, points, width, height) for axis, points in figures.items()]
+    placed = "".join(f'<g transform="translate({width * index} 0)">{one}</g>' for index, one in enumerate(panels))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(panels)} {height}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>{placed}</svg>\n'
+    )
+
+
+def panel(axis: str, points: Points, width: int, height: int) -> str:
+    """The lines of one axis."""
+    margin, values = 45, sorted(points)
+    lines = {
+        "seconds": ([points[value][0] for value in values], "#06c", ""),
+        "expected": ([points[value][1] for value in values], "#06c", ' stroke-dasharray="4 3"'),
+        "GB": ([points[value][2] / 1e9 for value in values], "#c50", ""),
+    }
+    every = [max(number, 1e-3) for numbers, _, _ in lines.values() for number in numbers]
+    low, high = math.log(min(every)), math.log(max(every))
+
+    def x(value: float) -> float:
+        return margin + (width - 2 * margin) * math.log(value / values[0]) / (math.log(values[-1] / values[0]) or 1.0)
+
+    def y(number: float) -> float:
+        share = (high - math.log(max(number, 1e-3))) / ((high - low) or 1.0)
+        return margin + (height - 2 * margin) * share
+
+    parts = [f'<text x="{width / 2:.0f}" y="{height - 6}" text-anchor="middle">{axis}</text>']
+    parts += [f'<text x="{x(v):.0f}" y="{height - 22}" text-anchor="middle">{v}</text>' for v in values]
+    for name, (numbers, colour, dash) in lines.items():
+        path = " ".join(f"{x(value):.1f},{y(number):.1f}" for value, number in zip(values, numbers, strict=True))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>')
+        if not dash:
+            parts.append(
+                f'<text x="{margin}" y="{y(numbers[0]) - 6:.0f}" fill="{colour}">{numbers[0]:.3g} {name}</text>'
+            )
+            last = f"{numbers[-1]:.3g} {name}"
+            end = f'x="{width - 5}" y="{y(numbers[-1]) - 6:.0f}" text-anchor="end"'
+            parts.append(f'<text {end} fill="{colour}">{last}</text>')
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    run(main)

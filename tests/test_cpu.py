@@ -1,0 +1,129 @@
+"""What is computed otherwise for pictures on a CPU is the same up to rounding, and is not computed for training."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.unet import UNet, UNetConfig
+from ldm.nn import cpu
+from ldm.nn.attention import attention
+from ldm.nn.layers import GEGLU, ResBlock, Upsample, channels_last
+from ldm.training.lora import LoraLinear
+
+
+def difference(found: Tensor, known: Tensor) -> float:
+    return float((found.double() - known.double()).norm() / known.double().norm())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 300, 200, 40), (1, 2, 5, 130, 16), (1, 1, 512, 512, 64), (2, 8, 129, 128, 7)])
+def test_attention_in_blocks_is_attention(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, heads, rows, columns, width = shape
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(batch, heads, n, width) for n in (rows, columns, columns))
+    known = F.scaled_dot_product_attention(query, key, value)
+    for scores in (2**20, 1000, 100):  # all at once, some rows of a head, a row at a time
+        monkeypatch.setattr(cpu, "SCORES", scores)
+        assert difference(cpu.attention_in_blocks(query, key, value), known) < 1e-5
+        halves = (tensor.bfloat16() for tensor in (query, key, value))
+        assert difference(cpu.attention_in_blocks(*halves), known) < 0.02
+
+
+def test_blocks_leave_the_number_of_threads_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SCORES", 100)
+    before = torch.get_num_threads()
+    query = torch.randn(1, 2, 70, 8)
+    with torch.inference_mode():
+        assert cpu.attention_in_blocks(query, query, query).is_inference()
+    with torch.no_grad():
+        assert not cpu.attention_in_blocks(query, query, query).is_inference()
+    pool = cpu.single_threads(before)
+    assert torch.get_num_threads() == before
+    assert set(pool.map(lambda _: torch.get_num_threads(), range(20))) == {1}
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(torch.get_num_threads).result() == before
+
+
+def test_blocks_are_for_pictures_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def instead(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        used.append(query.dtype)
+        return query
+
+    monkeypatch.setattr("ldm.nn.attention.attention_in_blocks", instead)
+    full = torch.randn(1, 2, 256, 8)
+    for query in (full, full.bfloat16()):
+        attention(query, query, query)
+        with torch.no_grad():
+            attention(query, query, query)
+            attention(query, query[:, :, :60], query[:, :, :60])
+    assert used == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("size", [(1, 4, 6), (3, 5, 3)])
+def test_convolution_of_an_enlarged_picture_needs_no_enlarged_picture(size: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(7, 9, 3, padding=1), torch.randn(size[0], 7, *size[1:])
+    with torch.no_grad():
+        known = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        assert difference(cpu.doubled(x, conv), known) < 1e-6
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert difference(cpu.doubled(x, channels_last(conv)), known) < 1e-6
+
+
+@pytest.mark.parametrize("channels", [(8, 8), (8, 16)])
+def test_bands_of_a_residual_block_are_the_block(channels: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    block = ResBlock(*channels, groups=4, eps=1e-6)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    # A large mean and channels that differ: what a careless variance is wrong about.
+    x = torch.randn(2, 8, 13, 5) + 30.0 * torch.arange(8.0)[:, None, None]
+    known = block(x).detach()
+    monkeypatch.setattr(cpu, "LARGE", 0)
+    for rows in (1, 4, 13):
+        monkeypatch.setattr(cpu, "BAND", rows * 8 * 5)
+        with torch.no_grad():
+            assert difference(block(x), known) < 1e-5
+
+
+def test_gates_with_additions_are_asked_themselves() -> None:
+    torch.manual_seed(0)
+    layer, x = GEGLU(6, 10), torch.randn(2, 3, 6)
+    known = layer(x).detach()
+    with torch.no_grad():
+        assert difference(layer(x), known) < 1e-6
+        layer.proj = LoraLinear(layer.proj, rank=2, alpha=2.0)
+        nn.init.normal_(layer.proj.lora_up.weight)
+        value, gate = layer.proj(x).chunk(2, dim=-1)
+        assert difference(layer(x), value * F.gelu(gate)) < 1e-6
+        assert difference(layer(x), known) > 0.1
+
+
+def test_nothing_of_it_is_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "LARGE", 0)
+    monkeypatch.setattr(cpu, "MANY_PIXELS", 0)
+    for name in ("doubled", "gated", "convolved"):
+        monkeypatch.setattr(cpu, name, lambda *_: pytest.fail("computed for a gradient"))
+    x = torch.randn(1, 4, 4, 4, requires_grad=True)
+    layers = (Upsample(4), ResBlock(4, 4, groups=2, eps=1e-6), lambda x: GEGLU(4, 4)(x[0]))
+    total = sum(layer(x).sum() for layer in layers)
+    assert isinstance(total, Tensor)
+    total.backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("attention", [(True, True), (False, True), (False, False)])
+def test_texts_share_what_comes_before_them(attention: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    shape = {"channels": 16, "multipliers": (1, 2), "res_blocks": 1, "heads": 2, "context_width": 8, "groups": 4}
+    unet = UNet(UNetConfig(**shape, attention=attention))
+    for parameter in unet.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, t, texts = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(6, 5, 8)
+    with torch.no_grad():
+        known = unet(torch.cat([x, x, x]), t.repeat(3), texts)
+        assert difference(unet(x, t, texts), known) < 1e-5

@@ -1,0 +1,187 @@
+"""The benchmark counts what it says it counts, and its contests are of the same work."""
+
+import json
+import os
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Script
+
+from ldm.errors import MachineError
+from ldm.evaluation import contests, speed, stand_in
+from ldm.evaluation.contests import BEST, CONTESTS, DEFAULT, OURS, Bench
+from ldm.evaluation.processes import ended
+from ldm.evaluation.speed import Comparison, Operations, Roofline, Timing, compare, operations
+from ldm.models.autoencoder import Gaussian
+from ldm.models.text import open_clip_module
+
+CPU = torch.device("cpu")
+TINY = {
+    "autoencoder": {"kind": "kl", "channels": 8, "multipliers": [1, 1, 2, 2], "res_blocks": 1, "groups": 4},
+    "text": {"kind": "clip", "tokenizer": "hf", "width": 32, "layers": 2, "heads": 4},
+    "unet": {
+        "channels": 16,
+        "multipliers": [1, 2, 2],
+        "res_blocks": 1,
+        "attention": [True, True, False],
+        "heads": 2,
+        "context_width": 32,
+        "groups": 4,
+    },
+    "sampling": {"width": 64, "height": 64, "schedule": "leading", "convention": "diffusers", "steps": 2},
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the same kind, as small as it can be."""
+    monkeypatch.setattr(stand_in, "VALUES", TINY)
+
+
+def test_operations_of_stable_diffusion_are_the_known_ones() -> None:
+    made = stand_in.shapes()
+    with torch.device("meta"):
+        x, t, text = torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)
+    assert operations(lambda: made.unet(x, t, text)).total == pytest.approx(803.3e9, rel=1e-3)
+    assert operations(lambda: made.autoencoder.decode(x)).total == pytest.approx(2514e9, rel=1e-3)
+
+
+def test_operations_of_a_convolution_and_a_product() -> None:
+    image, weight, a = (torch.empty(shape, device="meta") for shape in ((2, 3, 8, 8), (5, 3, 3, 3), (7, 9)))
+
+    def work() -> None:
+        torch.nn.functional.conv2d(image, weight, padding=1)
+        torch.matmul(a, a.T)
+
+    assert operations(work) == Operations(2.0 * 2 * 5 * 64 * 27, 2.0 * 7 * 7 * 9)
+    assert Roofline(convolution=10.0, product=100.0).floor(Operations(20.0, 50.0)) == 2.5
+
+
+def test_contenders_take_turns_and_every_second_round_goes_backwards() -> None:
+    asked: list[str] = []
+    made = compare("x", {name: lambda name=name: asked.append(name) for name in "abc"}, 3, CPU)
+    assert "".join(asked) == "abc" + "abc" + "cba" + "abc"
+    assert all(len(timing.seconds) == 3 for timing in made.timings.values())
+
+
+def test_ratios_are_those_of_the_same_round() -> None:
+    timings = {"ours": Timing([1.0, 2.0, 4.0], [0.0] * 3), "theirs": Timing([2.0, 3.0, 12.0], [0.0, 0.3, 0.3])}
+    made = Comparison("x", timings, Operations())
+    assert made.ratio("theirs") == (2.0, 1.5, 3.0)
+    assert not made.quiet, "others had 30 % of the machine in most of its turns"
+
+
+def test_others_are_who_used_the_processors_and_is_not_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "STAT", tmp_path / "stat")
+    tick = os.sysconf("SC_CLK_TCK")
+
+    def busy(seconds: float) -> None:
+        """User 2 s more each time, of which the guests' share at the end is a part; idle and waiting do not count."""
+        (tmp_path / "stat").write_text(f"cpu  {int(seconds * tick)} 0 0 {900 * tick} {70 * tick} 0 0 0 55 55\ncpu0 1")
+
+    busy(100.0)
+    before, own = speed.foreign(), sum(os.times()[:4])
+    busy(102.0)
+    assert speed.foreign() - before == pytest.approx(2.0 - (sum(os.times()[:4]) - own), abs=0.02)
+    (tmp_path / "stat").unlink()
+    assert speed.foreign() == 0.0, "nobody tells"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", CONTESTS)
+def test_every_contest_has_the_same_result_for_all(tiny: None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_clip_module()
+    pytest.importorskip("diffusers")
+    bench = Bench(CPU, torch.float32, side=64, batch=2, repeat=1, compiled=False, with_theirs=True)
+    bench.rooflines = {str(torch.float32): Roofline(1e9, 1e9)}
+    results: dict[str, object] = {}
+
+    def once(what: str, contenders: dict[str, Callable[[], object]], *rest: object) -> Comparison:
+        results.update({who: work() for who, work in contenders.items()})
+        return Comparison(what, {who: Timing([1.0], [0.0]) for who in contenders}, Operations(1.0, 1.0))
+
+    monkeypatch.setattr(contests, "compare", once)
+    assert list(CONTESTS[name](bench))
+    if name in ("decode", "encode", "text"):
+        ours, theirs, best = (tensor_of(results[who]) for who in (OURS, DEFAULT, BEST))
+        scale = 0.18215 if name == "encode" else 1.0
+        for other in (theirs, best):
+            assert float((ours - scale * other).norm() / ours.norm()) < 1e-4
+
+
+def tensor_of(result: object) -> torch.Tensor:
+    """The main result of a network, in whatever it comes."""
+    while not isinstance(result, torch.Tensor):
+        result = result.mean if isinstance(result, Gaussian) else result[0]  # type: ignore[index]  # diffusers' outputs
+    return result
+
+
+@pytest.mark.parity
+def test_the_script_writes_figures_and_compares_them(
+    tiny: None, in_process: Callable[[str], Script], tmp_path: Path
+) -> None:
+    script, out = in_process("benchmark.py"), tmp_path / "figures.json"
+    flags = ("--quick", "--side", "64", "--only", "decode", "--device", "cpu", "--out", out)
+    first = script(*flags)
+    assert first.code == 0, first.err
+    figures = json.loads(out.read_text())
+    assert figures["decode, batch 1"]["contenders"]["ldm"]["of_roofline"] > 0
+    assert "we are faster" in first.out
+    second = script(*flags, "--baseline", out)
+    assert "| decode, batch 1 |" in second.out and "times as fast" in second.out
+
+
+def test_the_script_says_what_is_wrong_before_it_measures(in_process: Callable[[str], Script], tmp_path: Path) -> None:
+    script = in_process("benchmark.py")
+    assert "did you mean 'unet'" in script("--only", "uent").errors[0]
+    assert script("--side", "100").errors == ["error: side: 100 is not a multiple of 64; use 512"]
+    (tmp_path / "old.json").write_text("[]")
+    assert script("--baseline", tmp_path / "old.json").code == 3
+
+
+@pytest.mark.slow
+def test_growth_is_measured_and_drawn_beside_what_is_expected(
+    in_process: Callable[[str], Script], tiny_folder: Path, tmp_path: Path
+) -> None:
+    script, out, plot = in_process("benchmark_growth.py"), tmp_path / "growth.json", tmp_path / "growth.svg"
+    flags = ("--axes", "batch", "--model", tiny_folder, "--steps", "1", "--side", "64", "--repeat", "1")
+    ended = script(*flags, "--out", out, "--plot", plot)
+    assert ended.code == 0, ended.err
+    points = json.loads(out.read_text())["batch"]
+    seconds, expected, peak = points["1"]
+    assert seconds == expected and peak > 1e8
+    assert points["16"][1] == pytest.approx(16 * seconds, abs=0.02), "sixteen pictures are sixteen times the work"
+    ET.parse(plot)
+    assert "axes: no axis 'bath'" in script("--axes", "bath").errors[0]
+
+
+def test_memory_of_a_process_is_its_own_and_not_that_of_who_starts_it() -> None:
+    ours = torch.ones(50_000_000)  # 200 MB
+    said, small = ended([sys.executable, "-c", "import sys; print('said', file=sys.stderr)"])
+    _, large = ended([sys.executable, "-c", "x = b'x' * 100_000_000"])
+    assert said == "said\n" and small < ours.nbytes / 4 and 100e6 < large < ours.nbytes
+    for code in ("import sys; sys.exit(3)", "import os; os.kill(os.getpid(), 9)"):
+        with pytest.raises(MachineError, match="exit code"):
+            ended([sys.executable, "-c", code])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parity
+def test_whole_processes_are_measured_with_their_memory(
+    tiny: None, in_process: Callable[[str], Script], tmp_path: Path
+) -> None:
+    out = tmp_path / "figures.json"
+    ended = in_process("benchmark.py")(
+        "--quick", "--side", "64", "--only", "start,sample", "--device", "cpu", "--out", out
+    )
+    assert ended.code == 0, ended.err
+    figures = json.loads(out.read_text())
+    start, whole = (found["contenders"] for what, found in figures.items() if what != "machine")
+    assert list(start) == list(whole) == [OURS, DEFAULT, BEST]
+    assert all(one["peak"] > 1e8 for found in (start, whole) for one in found.values())
+    assert whole[OURS]["median"] > start[OURS]["median"]

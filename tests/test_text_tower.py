@@ -1,0 +1,46 @@
+"""Our text tower is open_clip's: from one seed the same weights under the same names, and the same states."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.models.text import open_clip_module
+from ldm.models.text_tower import TextTower
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_tower_is_that_of_open_clip(quick: bool) -> None:
+    open_clip_module()
+    from open_clip.transformer import QuickGELU, TextTransformer
+
+    torch.manual_seed(0)
+    ours = TextTower(context_length=9, vocabulary=600, width=32, heads=4, layers=2, quick=quick)
+    torch.manual_seed(0)
+    act = QuickGELU if quick else nn.GELU
+    theirs = TextTransformer(
+        context_length=9, vocab_size=600, width=32, heads=4, layers=2, output_dim=None, act_layer=act
+    )
+    known, found = theirs.state_dict(), ours.state_dict()
+    assert list(found) == list(known)
+    assert all(torch.equal(tensor, known[name]) for name, tensor in found.items())
+    assert torch.equal(ours.attn_mask, theirs.attn_mask)
+    x = torch.randn(2, 9, 32)
+    for block, other in zip(ours.transformer.resblocks, theirs.transformer.resblocks, strict=True):
+        nn.init.normal_(block.ln_1.bias, std=0.3)
+        other.load_state_dict(block.state_dict())
+        assert torch.allclose(block(x, attn_mask=ours.attn_mask), other(x, attn_mask=theirs.attn_mask), atol=1e-5)
+
+
+def test_a_model_is_loaded_without_slow_imports() -> None:
+    code = "import sys\nfrom ldm.bundle import Bundle\nBundle.load().text.encode(['a red circle'])\n"
+    code += (
+        "print([name for name in ('open_clip', 'torchvision', 'transformers', 'torch._dynamo') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
