@@ -15,7 +15,7 @@ from ldm.errors import SettingError
 
 if TYPE_CHECKING:
     from ldm.bundle import Bundle
-    from ldm.data.buckets import Size
+    from ldm.data.buckets import BucketConfig, Size
     from ldm.data.decoding import Sample
     from ldm.data.latents import MadeFrom
     from ldm.data.tally import Tally
@@ -60,9 +60,8 @@ def main() -> None:
     from ldm.data.buckets import BucketConfig, bucket_sizes
     from ldm.data.shards import find_shards
 
-    sizes = bucket_sizes(
-        args.side, BucketConfig(step=args.bucket_step, max_aspect=args.max_aspect) if args.bucket_step else None
-    )
+    buckets = BucketConfig(step=args.bucket_step, max_aspect=args.max_aspect) if args.bucket_step else None
+    sizes = bucket_sizes(args.side, buckets)
     shards = find_shards(args.data)
     from ldm.bundle import Bundle
     from ldm.machine import find_device, find_dtype
@@ -73,7 +72,7 @@ def main() -> None:
     for side in {side for size in sizes for side in size}:
         if side % bundle.autoencoder.factor:
             raise SettingError(f"side: {side} is not a multiple of {bundle.autoencoder.factor}; choose another one")
-    cache(args, shards, bundle, sizes)
+    cache(args, shards, bundle, sizes, made_from(args, bundle, buckets))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -91,14 +90,16 @@ def check(args: argparse.Namespace) -> None:
         raise SettingError(f"--rank: got {args.rank} of {args.world_size} ranks; ranks count from 0")
 
 
-def cache(args: argparse.Namespace, shards: list[Path], bundle: "Bundle", sizes: "tuple[Size, ...]") -> None:
+def cache(
+    args: argparse.Namespace, shards: list[Path], bundle: "Bundle", sizes: "tuple[Size, ...]", of: "MadeFrom"
+) -> None:
     """Write this rank's shards of latents, and what they are made from."""
     from ldm.data.latents import describe, pictures_name
     from ldm.data.shards import shard_path, write_shard
     from ldm.data.tally import Tally
 
     null = None if args.no_text else bundle.text.encode([""]).tokens[0].half().cpu().numpy()
-    describe(args.output, made_from(args, bundle), pictures_name(shards), null)
+    describe(args.output, of, pictures_name(shards), null)
     tally, began, written = Tally(), time.monotonic(), 0
     mine = [number for number in range(len(shards)) if number % args.world_size == args.rank]
     for number in mine:
@@ -111,7 +112,7 @@ def cache(args: argparse.Namespace, shards: list[Path], bundle: "Bundle", sizes:
     print(f"{args.output}: {len(mine)} of {len(shards)} shards are this rank's; {written} latents written now")
 
 
-def made_from(args: argparse.Namespace, bundle: "Bundle") -> "MadeFrom":
+def made_from(args: argparse.Namespace, bundle: "Bundle", buckets: "BucketConfig | None") -> "MadeFrom":
     """What the latents of this call depend on."""
     from torch import nn
 
@@ -120,8 +121,7 @@ def made_from(args: argparse.Namespace, bundle: "Bundle") -> "MadeFrom":
     assert isinstance(bundle.autoencoder, nn.Module) and isinstance(bundle.text, nn.Module)
     autoencoder = weights_digest(bundle.autoencoder.state_dict(), bundle.config.autoencoder.model_dump_json())
     text = "" if args.no_text else weights_digest(bundle.text.state_dict(), bundle.config.text.model_dump_json())
-    buckets = f"{args.bucket_step} {args.max_aspect:g}" if args.bucket_step else ""
-    return MadeFrom(autoencoder, text, args.side, buckets)
+    return MadeFrom(autoencoder, text, args.side, buckets.name if buckets is not None else "")
 
 
 def encoded(

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,11 +54,12 @@ def main() -> None:
 
     suited = [name for name, method in SAMPLERS.items() if method.calls and not method.distilled]
     names = args.samplers.split(",") if args.samplers else suited
-    try:
-        count = whole(1, 10_000, 32)(args.num_images)
-        budgets = [whole(1, 1000, 20)(text) for text in args.calls.split(",")]
-    except ValueError as error:
-        raise SettingError(f"calls, num_images: {error}") from None
+    count = number("num-images", whole(1, 10_000, 32), args.num_images)
+    budgets = [number("calls", whole(1, 1000, 20), text) for text in args.calls.split(",")]
+    asked = {
+        name: GenerationRequest(prompt="any", sampler=name, schedule=args.schedule, batch_size=args.batch_size)
+        for name in {"dpmpp_2m": None, **dict.fromkeys(names)}
+    }
     for path in (args.out, args.plot):
         if path is not None:
             check_writable(path.parent)
@@ -66,14 +67,11 @@ def main() -> None:
     engine = TextToImage(Bundle.load(args.model or DEFAULT, str(device), find_dtype("auto", device)[0]))
     prompts = held_out_prompts(count, "one", seed=0)
 
-    def asked(sampler: str) -> GenerationRequest:
-        return GenerationRequest(prompt="any", sampler=sampler, schedule=args.schedule, batch_size=args.batch_size)
-
     def drawn(request: GenerationRequest, steps: int) -> "list[Image]":
         request = request.model_copy(update={"steps": steps})
         return engine.draw(prompts, range(FIRST_SEED, FIRST_SEED + count), request)
 
-    reference = drawn(asked("dpmpp_2m"), REFERENCE_CALLS)
+    reference = drawn(asked["dpmpp_2m"], REFERENCE_CALLS)
     print(f"reference: dpmpp_2m in {REFERENCE_CALLS} steps: {score_shapes(prompts, reference).colour_and_shape}")
     print("| sampler |" + "".join(f" {calls} calls |" for calls in budgets))
     print("|---|" + "---|" * len(budgets))
@@ -81,8 +79,8 @@ def main() -> None:
     for name in names:
         figures[name] = {}
         for calls in budgets:
-            if steps := steps_of(asked(name), calls, engine):
-                images = drawn(asked(name), steps)
+            if steps := steps_of(asked[name], calls, engine):
+                images = drawn(asked[name], steps)
                 right = score_shapes(prompts, images).colour_and_shape.share
                 figures[name][calls] = right, difference(images, reference)
         cells = [figures[name].get(calls) for calls in budgets]
@@ -91,6 +89,14 @@ def main() -> None:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:
         args.plot.write_text(plot({name: {c: f[1] for c, f in of.items()} for name, of in figures.items()}))
+
+
+def number(flag: str, read: Callable[[str], int], text: str) -> int:
+    """What a flag says. Raises SettingError where it is not in range."""
+    try:
+        return read(text)
+    except ValueError as error:
+        raise SettingError(f"--{flag}: {error}") from None
 
 
 def steps_of(request: "GenerationRequest", calls: int, engine: "TextToImage") -> int:

@@ -35,6 +35,7 @@ def parser() -> ArgumentParser:
     made.add_argument("destination", type=Path, metavar="DESTINATION", help="what is written; it must not exist")
     made.add_argument("--to", choices=LAYOUTS, required=True, help="the layout that is written")
     made.add_argument("--dtype", choices=tuple(DTYPES), help="number format of the weights [as they are]")
+    made.add_argument("--largest", type=float, metavar="MB", help="with --to bundle, of any file [one file a network]")
     made.add_argument("--ema", action="store_true", help="take the averaged weights of the UNet [the others]")
     made.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts [told from the source]")
     made.add_argument("--check", action="store_true", help="compare what both models compute")
@@ -54,7 +55,8 @@ def main() -> None:
     opened = open_source(args)
     dtype = DTYPES.get(args.dtype)
     if args.to == "bundle":
-        to_bundle(args.destination, opened.config, opened.parts, dtype)
+        largest = None if args.largest is None else round(args.largest * 1e6)
+        to_bundle(args.destination, opened.config, opened.parts, dtype, largest)
     else:
         model = exported(opened.config, opened.parts, opened.description.path)
         write = to_single_file if args.to == "single-file" else to_diffusers
@@ -76,6 +78,8 @@ def check_destination(args: argparse.Namespace) -> None:
         raise SettingError(f"{destination}: exists and is never overwritten; choose another name")
     if args.to == "single-file" and destination.suffix != ".safetensors":
         raise SettingError(f"{destination}: does not end in .safetensors, as other programs expect; change the name")
+    if args.largest is not None and (args.to != "bundle" or not args.largest >= 1):
+        raise SettingError(f"--largest: got {args.largest:g}, expected 1 or more megabytes, with --to bundle only")
     check_writable(destination.parent)
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm.cli import ArgumentParser, run
 from ldm.errors import DataError, SettingError
+from ldm.files import save_text
 
 if TYPE_CHECKING:
     from ldm.data.cleaning import Rules
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 
 EPILOG = """examples:
   python scripts/prepare_data.py --source shapes --count 20000 --resolution 256 --output data/shapes
+  python scripts/prepare_data.py --source emoji --input clones --output data/emoji
   python scripts/prepare_data.py --source folder --input photos --resolution 512 --output data/photos
   python scripts/prepare_data.py --source csv --input table.csv --resize bucket --duplicates near --output data/table
   python scripts/prepare_data.py --verify data/shapes
-Captions of a folder: NAME.txt beside each picture, or metadata.jsonl. What is not taken stands in rejects.jsonl with
-its reason. Every byte follows from the input and the settings, which are kept in dataset.json, whatever the number of
-workers; --resume goes on behind the last finished shard.
+Emoji come from a folder with clones of cldr-json and of fluentui-emoji-unicode, noto-emoji, twemoji-assets, emojitwo,
+fxemoji, as many as there are. Captions of a folder: NAME.txt beside each picture, or metadata.jsonl. What is not taken
+stands in rejects.jsonl with its reason. Every byte follows from the input and the settings, which are kept in
+dataset.json, whatever the number of workers; --resume goes on behind the last finished shard.
 exit codes: 0 done, 2 bad setting, 3 bad data, 5 machine, 130 stopped"""
 Sample = dict[str, object]
 SETTINGS_FILE = "dataset.json"
@@ -46,14 +49,14 @@ RESOLUTION_OF_PICTURES = 512
 def parser() -> ArgumentParser:
     """The flags."""
     made = ArgumentParser(description=__doc__, epilog=EPILOG, prog="prepare_data.py")
-    sources = ("shapes", "folder", *TABLES, "shards")
+    sources = ("shapes", "emoji", "folder", *TABLES, "shards")
     made.add_argument("--source", choices=sources, default="shapes", help="what the pictures are (shapes)")
-    made.add_argument("--input", type=Path, metavar="PATH", help="the folder, table or shards with pictures")
+    made.add_argument("--input", type=Path, metavar="PATH", help="the folder, table, clones or shards with pictures")
     made.add_argument("--count", type=int, default=20000, metavar="N", help="number of shapes pictures (20000)")
     made.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the pictures (512; shapes 256)")
     made.add_argument("--output", type=Path, metavar="FOLDER", help="where the shards go")
     made.add_argument("--shard-size", type=int, default=1000, metavar="N", help="pictures in a shard (1000)")
-    made.add_argument("--seed", type=int, default=0, metavar="N", help="which shapes (0)")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="which shapes, which pairs are held out (0)")
     made.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one per core)")
     made.add_argument("--resume", action="store_true", help="go on after the shards that are whole already")
     made.add_argument("--verify", type=Path, metavar="FOLDER", help="only check the shards of a folder")
@@ -93,6 +96,8 @@ def main() -> None:
             )
     if args.source == "shapes":
         draw_shapes(args)
+    elif args.source == "emoji":
+        draw_emoji(args)
     else:
         import_pictures(args)
 
@@ -117,6 +122,46 @@ def draw_shapes(args: argparse.Namespace) -> None:
     print(f"{folder}: {len(paths)} shards with {count - done} pictures in {time.monotonic() - began:.0f} s")
 
 
+def draw_emoji(args: argparse.Namespace) -> None:
+    """Draw the emoji of public collections: what is left out, the pairs that are held out, then the shards."""
+    if args.input is None:
+        raise SettingError("--input: not given, expected the folder with the clones; name it")
+    from ldm.data.emoji.choice import choose, drawings
+    from ldm.data.emoji.drawing import sample, thumbnail
+    from ldm.data.emoji.sources import Drawing
+    from ldm.data.shards import write_shards
+
+    folder, size, found = args.output, args.shard_size, drawings(args.input)
+    names = ("source", "resolution", "shard_size", "seed")
+    settings = {**{name: getattr(args, name) for name in names}, "input": str(args.input)}
+    shards = begin(folder, settings, args.resume)
+    first = next(n for n in range(len(shards) + 1) if folder / f"emoji-{n:05d}.tar" not in shards)
+    drawable = [one for one in found if isinstance(one, Drawing)]
+    make = partial(sample, side=args.resolution)
+    with in_order(args.workers, SAMPLES_AT_ONCE) as each:
+        chosen = choose(drawable, each(thumbnail, drawable), args.seed)
+        save_held_out(folder, each(make, chosen.held_out))
+        left_out = [one for one in found if not isinstance(one, Drawing)] + chosen.left_out
+        rows = [json.dumps({"origin": one.origin, "reason": one.reason, "words": one.words}) for one in left_out]
+        save_text(folder / "rejects.jsonl", "".join(f"{row}\n" for row in rows))
+        done, count = min(first * size, len(chosen.training)), len(chosen.training)
+        samples = shown(each(make, chosen.training[done:]), done, count)
+        write_shards(samples, folder, size, "emoji", start=first)
+    print(f"{folder}: {count} pictures, {len(chosen.held_out)} held out, {len(left_out)} left out (rejects.jsonl)")
+
+
+def save_held_out(folder: Path, samples: Iterable[Sample]) -> None:
+    """Write what training must never see: pictures by key, and heldout.json with all that is known of them."""
+    (folder / "heldout").mkdir(exist_ok=True)
+    rows = []
+    for one in samples:
+        key, facts = str(one["__key__"]), one["json"]
+        assert isinstance(one["webp"], bytes) and isinstance(facts, dict)
+        (folder / "heldout" / f"{key}.webp").write_bytes(one["webp"])
+        rows.append({"key": key, "image": f"heldout/{key}.webp", "caption": one["txt"], **facts})
+    save_text(folder / "heldout.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
 def begin(folder: Path, wanted: dict[str, Any], resume: bool) -> list[Path]:
     """The shards that are there; keeps the settings beside them, and refuses to mix two sets."""
     about = folder / SETTINGS_FILE
@@ -132,9 +177,7 @@ def begin(folder: Path, wanted: dict[str, Any], resume: bool) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".*.tmp"):
         stale.unlink()  # what a killed run was writing
-    temporary = about.with_name(f".{about.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, about)
+    save_text(about, json.dumps(wanted, indent=2) + "\n")
     return shards
 
 

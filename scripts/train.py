@@ -32,8 +32,9 @@ EXAMPLES = """examples:
   python scripts/train.py lora --config my-lora.yaml --base model.safetensors --run-dir runs/my-lora
   accelerate launch --num_processes 8 scripts/train.py unet --config configs/sd15.yaml --run-dir runs/sd15
 A stage that is interrupted goes on from its last checkpoint when the same command is given again."""
-STAGES = ("all", "vae", "clip", "unet", "lora", "inversion")
+STAGES = ("all", "vae", "clip", "evaluator", "unet", "bundle", "lora", "inversion")
 LINE_EVERY_SECONDS = 30.0
+LONGEST_MINUTES = 100_000
 
 
 def parser() -> ArgumentParser:
@@ -44,6 +45,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--run-dir", required=True, type=Path, metavar="FOLDER", help="where products and logs go")
     made.add_argument("--base", metavar="NAME|PATH", help="the model that gives the parts that are not trained here")
     made.add_argument("--train-data", metavar="GLOB", help="shards to use instead of the recipe's")
+    made.add_argument("--minutes", type=float, metavar="N", help="save and end with exit code 75 after so long")
     made.add_argument("--report-to", choices=("tensorboard", "wandb", "none"), help="default: TensorBoard if installed")
     made.add_argument("--dist-timeout", type=float, default=600.0, metavar="SECONDS", help="how long processes wait")
     made.add_argument("--allow-world-size-change", action="store_true", help="resume on another number of processes")
@@ -64,6 +66,10 @@ def main() -> int:
     recipe = config.load(args.config, Recipe, overrides)
     from ldm.training.workers import workers
 
+    if args.minutes is not None and not 0 < args.minutes < LONGEST_MINUTES:
+        raise SettingError(f"--minutes: got {args.minutes:g}, expected more than 0 and less than {LONGEST_MINUTES}")
+    if args.stage == "bundle":
+        return bundled(args, recipe)
     me = workers(args.dist_timeout)
     if not me.main:
         return conducted(args, recipe)
@@ -77,17 +83,20 @@ def conducted(args: "argparse.Namespace", recipe: "Recipe") -> int:
     import torch
 
     from ldm.training import signals
+    from ldm.training.farewell import together
     from ldm.training.loop import Conduct
     from ldm.training.record import Record, trackers
     from ldm.training.workers import workers
 
     me = workers()
-    with signals.caught() as stop:
-        this = opened(args, recipe, Conduct(stop, args.allow_world_size_change))
+    with signals.caught(args.minutes) as stop:
+        with together(me):
+            this = opened(args, recipe, Conduct(stop, args.allow_world_size_change))
         watching = trackers(args.report_to, recipe.name, args.run_dir) if me.main else []
         record = Record(args.run_dir, me, watching)
         try:
-            stages(this, args.stage, record)
+            with together(me):
+                stages(this, args.stage, record)
         except signals.Stopped as stopped:
             if me.main:
                 record.status("saved", signal=str(stopped))
@@ -109,6 +118,17 @@ def conducted(args: "argparse.Namespace", recipe: "Recipe") -> int:
     return 0
 
 
+def bundled(args: "argparse.Namespace", recipe: "Recipe") -> int:
+    """Put together what the run has at this moment, also while another process trains it; prints the folder."""
+    from ldm.bundle import Bundle
+    from ldm.training.run import Run
+    from ldm.training.snapshot import snapshot
+
+    base = Bundle.load(args.base) if args.base else None
+    print(snapshot(Run(recipe, args.run_dir, base)))
+    return 0
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder, which ends with this process however it ends. SettingError if another has it."""
@@ -127,35 +147,58 @@ def opened(args: "argparse.Namespace", recipe: "Recipe", conduct: "Conduct") -> 
     from ldm.bundle import Bundle
     from ldm.training.continuity import begin
     from ldm.training.run import Run
-    from ldm.training.source import samples
+    from ldm.training.source import require
 
+    require(recipe.data)  # says what is wrong with the data before a model is opened
     base = Bundle.load(args.base) if args.base else None
-    this = Run(recipe, args.run_dir, lambda seed: samples(recipe.data, seed), base, conduct)
-    check(this)
+    this = Run(recipe, args.run_dir, base, conduct)
+    check(this, args.stage)
     begin(this)
     return this
 
 
-def check(this: "Run") -> None:
-    """Say now what would stop the run later: wrong data, samples that cannot be drawn, batches that do not divide."""
+def check(this: "Run", stage: str) -> None:
+    """Say now what would stop the run later: data that do not fit, samples that cannot be drawn, odd batches."""
     from ldm.models.text import LabelConfig, LabelEncoder
     from ldm.request import GenerationRequest, resolve
     from ldm.training.optimization import micro_batches
-    from ldm.training.source import samples
     from ldm.training.workers import workers
 
     recipe, model = this.recipe, this.model
-    samples(recipe.data, 0)
+    check_data(recipe, model.factor, latents=stage in ("unet", "lora", "inversion"))
     resolve(GenerationRequest(prompt="any"), model)
     adaptations = (recipe.lora_training, recipe.inversion_training)
-    for stage in (recipe.autoencoder_training, recipe.clip_training, *adaptations, *recipe.unet_training):
-        if stage is not None:
-            micro_batches(stage, workers().world)
+    towers = (recipe.clip_training, recipe.evaluator_training)
+    for config in (recipe.autoencoder_training, *towers, *adaptations, *recipe.unet_training):
+        if config is not None:
+            micro_batches(config, workers().world)
     for diffusion in recipe.unet_training:
         for prompt in recipe.sample_prompts:
             resolve(sample_request(prompt, diffusion.side), model)
     if isinstance(model.text, LabelConfig):
         LabelEncoder(model.text).encode(recipe.sample_prompts)
+
+
+def check_data(recipe: "Recipe", factor: int, latents: bool) -> None:
+    """Say now what would stop a stage when it reads its pictures, or, where they are due, its latents."""
+    from ldm.data.shards import find_shards
+    from ldm.training.source import check
+
+    square = recipe.data.model_copy(update={"buckets": None})
+    if recipe.autoencoder_training is not None:
+        check(square, recipe.autoencoder_training.batch_size, max(recipe.autoencoder_training.sides))
+    if recipe.clip_training is not None and recipe.clip is not None:
+        check(square, recipe.clip_training.batch_size, recipe.clip.image_size)
+    for stage in (*recipe.unet_training, recipe.lora_training, recipe.inversion_training):
+        if stage is None:
+            continue
+        if stage.latents is not None:
+            if latents:
+                find_shards(stage.latents)
+        elif stage.pictures is None:
+            check(recipe.data, stage.batch_size, stage.side, factor)
+        elif recipe.data.buckets is not None:
+            raise SettingError("data.buckets: pictures that are encoded once are square; use latents, or no buckets")
 
 
 def sample_request(prompt: str, side: int) -> "GenerationRequest":
@@ -174,6 +217,8 @@ def stages(this: "Run", stage: str, record: "Record") -> None:
         autoencoder(this, record)
     if stage in ("all", "clip"):
         clip(this, record)
+    if stage in ("all", "evaluator"):
+        evaluator(this, record)
     if stage in ("all", "unet"):
         unet(this, record)
     if stage in ("lora", "inversion"):
@@ -186,7 +231,9 @@ def autoencoder(this: "Run", record: "Record") -> None:
     """The autoencoder stage, and what it reached."""
     from ldm.training.stages import autoencoder_stage
 
-    for _ in shown(autoencoder_stage(this), record, "autoencoder"):
+    config = this.recipe.autoencoder_training
+    run = this.square().mixing(config.mix_share if config else None)
+    for _ in shown(autoencoder_stage(run), record, "autoencoder"):
         pass
     about = this.product("autoencoder").with_suffix(".json")
     if about.is_file() and record.me.main:
@@ -198,7 +245,17 @@ def clip(this: "Run", record: "Record") -> None:
     """The CLIP stage."""
     from ldm.training.stages import clip_stage
 
-    for _ in shown(clip_stage(this), record, "clip"):
+    config = this.recipe.clip_training
+    for _ in shown(clip_stage(this.square().mixing(config.mix_share if config else None)), record, "clip"):
+        pass
+
+
+def evaluator(this: "Run", record: "Record") -> None:
+    """The CLIP that judges."""
+    from ldm.training.evaluator import evaluator_stage
+
+    config = this.recipe.evaluator_training
+    for _ in shown(evaluator_stage(this.square().mixing(config.mix_share if config else None)), record, "evaluator"):
         pass
 
 
@@ -210,9 +267,10 @@ def unet(this: "Run", record: "Record") -> None:
     for index, stage in enumerate(this.recipe.unet_training):
         if this.has(f"unet-{index}"):
             continue
-        cache = encoded(this, stage, record)
+        mixed = this.mixing(stage.mix_share)
+        cache = encoded(mixed, stage, record)
         bundle = model_so_far(this)
-        for report in shown(unet_stage(this, index, cache, bundle), record, f"unet-{index}"):
+        for report in shown(unet_stage(mixed, index, cache, bundle), record, f"unet-{index}"):
             sample(this, bundle, report, f"unet-{index}", stage.side)
 
 
@@ -238,12 +296,13 @@ def encoded(this: "Run", stage: "DiffusionTraining", record: "Record") -> "Laten
     """The latents of a stage, made where they are not there; None for a stage that encodes as it goes."""
     from ldm.training.latents import LatentCache
     from ldm.training.stages import latents_stage
+    from ldm.training.workers import workers
 
     if stage.pictures is None:
         return None
     for progress in latents_stage(this, stage, stage.pictures):
         if isinstance(progress, LatentCache):
-            return progress
+            return progress.to(workers().device)
         if this.conduct.stop is not None:
             this.conduct.stop.check()
         if progress and progress % 2048 == 0:

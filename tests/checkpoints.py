@@ -40,7 +40,7 @@ def full_size(config: ModelConfig, text: str) -> Shapes:
         networks = dict(zip(("autoencoder", "text", "unet"), build(config), strict=True))
     shapes: Shapes = {}
     for part, table in file_names(config, text).items():
-        ours = networks[part].state_dict()  # type: ignore[attr-defined]
+        ours = networks[part].state_dict()  # type: ignore[attr-defined]  # parts are modules
         for name, theirs in table.items():
             first, *rest = ours[name].shape
             convolution = (1, 1) if part == "autoencoder" and keys.is_convolution_in_compvis(name) else ()

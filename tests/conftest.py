@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import jaxtyping
 import pytest
 
 # Before anything of ldm is imported: every annotated function then checks the shapes it gets and returns.
-# The samplers are left out: they name tensors without importing torch.
+# The samplers are left out: they name tensors without importing torch; the pipeline is, because behind the hook
+# `inference_mode` no longer knows its generators, which then run with gradients.
 _checked = [
     "ldm.nn",
     "ldm.models",
@@ -23,7 +25,6 @@ _checked = [
     "ldm.diffusion.guidance",
     "ldm.diffusion.noise",
     "ldm.images",
-    "ldm.pipeline",
 ]
 jaxtyping.install_import_hook(_checked, "beartype.beartype")
 
@@ -145,6 +146,36 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         return call
 
     return script
+
+
+@pytest.fixture
+def train(in_process: Callable[[str], Script], monkeypatch: pytest.MonkeyPatch) -> Script:
+    """scripts/train.py called inside this process; it draws no samples, which is the pipeline's and tested there."""
+    monkeypatch.setattr("ldm.training.stages.averaged", lambda *_: None)
+    script = in_process("train.py")
+    return lambda *arguments: script(*arguments, "--report-to", "none")
+
+
+@pytest.fixture
+def raising(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[..., None]]:
+    """The `main` of a script, called inside this process with flags of any type; what it raises comes through."""
+
+    def script(name: str) -> Callable[..., None]:
+        main = runpy.run_path(str(SCRIPTS / name))["main"]
+
+        def call(*arguments: object) -> None:
+            monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+            main()
+
+        return call
+
+    return script
+
+
+@pytest.fixture
+def prepare(raising: Callable[[str], Callable[..., None]]) -> Callable[..., None]:
+    """scripts/prepare_data.py's main, called with these flags."""
+    return raising("prepare_data.py")
 
 
 @pytest.fixture

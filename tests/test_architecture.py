@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATTERNS = ("ldm/**/*.py", "scripts/**/*.py", "app.py")
 FILES = sorted(path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern))
 
-LEAVES = {"errors", "cli", "config", "images", "machine", "outputs", "prompts"}
+LEAVES = {"errors", "cli", "config", "files", "images", "machine", "outputs", "prompts"}
 BELOW_PIPELINE = LEAVES | {"nn", "models", "diffusion", "formats", "bundle", "request"}
 BELOW_TRAINING = BELOW_PIPELINE | {"pipeline", "data"}
 # What the files of a layer may import of ldm, beside their own layer.
@@ -50,7 +50,7 @@ DOORS = {
 }
 # What a command needs before it has said no to a bad setting; importing torch takes seconds.
 WITHOUT_TORCH = [
-    *("ldm", "ldm.errors", "ldm.cli", "ldm.config", "ldm.machine", "ldm.outputs", "ldm.prompts"),
+    *("ldm", "ldm.errors", "ldm.cli", "ldm.config", "ldm.files", "ldm.machine", "ldm.outputs", "ldm.prompts"),
     *("ldm.diffusion.samplers", "ldm.diffusion.schedule", "ldm.diffusion.conventions", "ldm.request"),
 ]
 LINES_OF_A_FILE = 400

@@ -8,7 +8,7 @@ from ldm.data.buckets import BucketConfig, assign, bucket_sizes
 from ldm.data.captions import CaptionConfig, all_captions, choose_caption
 from ldm.data.order import Chance
 from ldm.data.tally import BadSample
-from ldm.data.transforms import HANDED, PictureConfig, fit, may_be_mirrored, transform
+from ldm.data.transforms import HANDED, PictureConfig, concept, fit, is_mirrored, may_be_mirrored
 from ldm.errors import SettingError
 
 
@@ -45,12 +45,17 @@ def test_left_and_right_stay_where_captions_name_them() -> None:
     assert may_be_mirrored(("a red circle above a star",), HANDED)
     for caption in ("a circle to the LEFT of a star", "flag of Chad", "keycap 3", "the B button", "one o'clock"):
         assert not may_be_mirrored(("a star", caption), HANDED), caption
-    image = Image.new("RGB", (2, 1), "black")
-    image.putpixel((0, 0), (255, 255, 255))
     config = PictureConfig(side=2, mirror=1.0)
-    chance = Chance("0")
-    assert transform(image, ("a star",), config, (2, 1), chance).getpixel((1, 0)) == (255, 255, 255)
-    assert transform(image, ("left",), config, (2, 1), chance).getpixel((0, 0)) == (255, 255, 255)
+    assert is_mirrored(("a star",), config, Chance("0")) and not is_mirrored(("left",), config, Chance("0"))
+    assert not is_mirrored(("a star",), PictureConfig(side=2), Chance("0"))
+
+
+def test_what_the_facts_name_stays_too() -> None:
+    facts = {"cldr": "three o’clock", "group": "travel & places", "keywords": ["left"]}
+    assert concept(("a dial",), facts) == ("a dial", "three o’clock", "travel & places")
+    assert not may_be_mirrored(concept(("a dial",), facts), HANDED)
+    assert not may_be_mirrored(concept(("a spiral",), {"group": "symbols"}), HANDED)
+    assert may_be_mirrored(concept(("a cat",), {"group": "animals & nature"}), HANDED)
 
 
 def test_captions_are_chosen_dropped_and_framed() -> None:

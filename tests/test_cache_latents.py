@@ -1,14 +1,12 @@
 """Cached latents are what the model makes of the pictures, whichever rank writes them, and are refused for others."""
 
 import itertools
-import runpy
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS
 
 from ldm.bundle import Bundle
 from ldm.data.latents import LatentShards, MadeFrom, weights_digest
@@ -19,8 +17,6 @@ from ldm.data.transforms import fit
 from ldm.errors import DataError, SettingError
 from ldm.images import to_tensor
 
-SCRIPT = SCRIPTS / "cache_latents.py"
-
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
@@ -29,21 +25,15 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, pictures: Path) -> Callable[..., None]:
+def cache(raising: Callable[[str], Callable[..., None]], tiny_folder: Path, pictures: Path) -> Callable[..., None]:
     """scripts/cache_latents.py's main with the tiny model, called with these flags besides."""
-    main = runpy.run_path(str(SCRIPT))["main"]
-
-    def called(*arguments: object) -> None:
-        given = ("--model", tiny_folder, "--data", pictures, "--side", 16, "--batch-size", 2, "--device", "cpu")
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, (*given, *arguments))])
-        main()
-
-    return called
+    given = ("--model", tiny_folder, "--data", pictures, "--side", 16, "--batch-size", 2, "--device", "cpu")
+    return partial(raising("cache_latents.py"), *given)
 
 
 def of(bundle: Bundle, side: int = 16) -> MadeFrom:
     digests = (
-        weights_digest(part.state_dict(), config.model_dump_json())  # type: ignore[attr-defined]
+        weights_digest(part.state_dict(), config.model_dump_json())  # type: ignore[attr-defined]  # parts are modules
         for part, config in ((bundle.autoencoder, bundle.config.autoencoder), (bundle.text, bundle.config.text))
     )
     return MadeFrom(*digests, side)

@@ -67,6 +67,16 @@ def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], mes
         load(write(tmp_path, text), Whole, overrides)
 
 
+@pytest.mark.timeout(60)
+def test_a_text_that_stands_for_a_huge_one_is_refused_in_no_time(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 10)]
+    for key in ("name", "part", "parts", "other"):
+        with pytest.raises(SettingError) as caught:
+            load(write(tmp_path, "\n".join([*lines, f"{key}: *a9"])), Whole)
+        assert len(str(caught.value)) < 1000
+
+
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"nowhere.yaml: No such file"):
         load(tmp_path / "nowhere.yaml", Whole)

@@ -11,9 +11,11 @@ from conftest import Script
 from torch import Tensor, nn
 
 from ldm import config as configuration
-from ldm.bundle import Bundle
+from ldm.bundle import Bundle, verify
 from ldm.config import parse_yaml, validate
+from ldm.errors import ModelError
 from ldm.formats import keys
+from ldm.formats.export_bundle import to_bundle
 from ldm.formats.fill import whole
 from ldm.formats.read import OpenModel, open_model, open_tensors
 from ldm.formats.tensors import MemoryTensor, read_header
@@ -101,7 +103,7 @@ def test_diffusers_folder_and_back_is_the_same_model(convert: Script, bundle: Pa
     assert convert("--to", "single-file", folder, one).code == 0
     before, after = open_model(bundle), open_model(back)
     last = ()
-    if before.config.text.hidden == "penultimate":  # type: ignore[union-attr]
+    if before.config.text.hidden == "penultimate":  # type: ignore[union-attr]  # CLIP in these models
         last = ("text.tower.transformer.resblocks.1.",)  # diffusers leaves out what no picture needs
     for other in (folder, back, one):
         assert_same_numbers(before, open_model(other), without=last)
@@ -118,7 +120,7 @@ def test_names_in_the_file_are_those_of_each_version(convert: Script, bundle: Pa
     convert("--to", "single-file", bundle, tmp_path / "one.safetensors")
     found = read_header(tmp_path / "one.safetensors").tensors
     text = [name for name in found if name.startswith("cond_stage_model.")]
-    version_1 = open_model(bundle).config.text.activation == "quick_gelu"  # type: ignore[union-attr]
+    version_1 = open_model(bundle).config.text.activation == "quick_gelu"  # type: ignore[union-attr]  # CLIP in these models
     assert all(name.startswith(keys.HF_TEXT if version_1 else keys.OPEN_CLIP_TEXT[0]) for name in text)
     assert found["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (16, 16, 1, 1)
     assert found["model.diffusion_model.input_blocks.1.1.proj_in.weight"].shape == (16, 16) + (1, 1) * version_1
@@ -215,7 +217,7 @@ def sd1() -> tuple[dict[str, tuple[int, ...]], ModelConfig]:
         found |= {keys.HF_TEXT + name: shape for name in names}
     left = {"betas": (1000,), "model_ema.decay": (), f"{keys.HF_TEXT}embeddings.position_ids": (1, 77)}
     sampling = {"width": 512, "height": 512}
-    return found | left, ModelConfig(autoencoder=autoencoder, text=text, unet=unet, sampling=sampling)  # type: ignore[arg-type]
+    return found | left, ModelConfig(autoencoder=autoencoder, text=text, unet=unet, sampling=sampling)  # type: ignore[arg-type]  # kinds by name
 
 
 def hollow(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> Path:
@@ -288,3 +290,40 @@ def test_a_full_ckpt_of_stable_diffusion_1_becomes_a_file(convert: Script, tmp_p
         name: shape for name, shape in shapes.items() if name not in left
     }
     assert open_model(one).config.prediction == "eps"
+
+
+def test_a_model_in_small_files_is_the_same_model(convert: Script, bundle: Path, tmp_path: Path) -> None:
+    whole, small = open_model(bundle), tmp_path / "small"
+    to_bundle(small, whole.config, whole.parts, largest=80_000)
+    files = sorted(path.name for path in small.glob("unet-*"))
+    assert len(files) > 2 and files[0] == f"unet-00001-of-{len(files):05d}.safetensors"
+    assert all(path.stat().st_size <= 80_000 or len(read_header(path).tensors) == 1 for path in small.glob("*.safe*"))
+    assert_same_numbers(whole, open_model(small))
+    assert len(verify(small)) == 64
+    states = [Bundle.load(str(path)).text.encode(["a red circle"]).tokens for path in (bundle, small)]
+    assert torch.equal(*states)
+    assert convert("--to", "bundle", small, tmp_path / "back", "--largest", "16").code == 0
+    assert (tmp_path / "back" / "unet.safetensors").is_file()
+    assert convert("--to", "single-file", small, tmp_path / "one.safetensors", "--largest", "16").code == 2
+
+
+def test_pieces_of_two_models_or_too_few_are_refused(bundle: Path, tmp_path: Path) -> None:
+    opened, folder = open_model(bundle), tmp_path / "small"
+    to_bundle(folder, opened.config, opened.parts, largest=80_000)
+    last = sorted(folder.glob("unet-*"))[-1]
+    kept = last.read_bytes()
+    last.unlink()
+    for read in (open_model, verify):
+        with pytest.raises(ModelError, match="expected all of one set"):
+            read(folder)
+    last.write_bytes(kept)
+    (folder / "unet.safetensors").write_bytes(kept)
+    with pytest.raises(ModelError, match="expected all of one set"):
+        open_model(folder)
+    (folder / "unet.safetensors").unlink()
+    first = sorted(folder.glob("unet-*"))[0]
+    first.write_bytes(kept)
+    with pytest.raises(ModelError, match="in another piece too"):
+        open_model(folder)
+    with pytest.raises(ModelError, match="sha256 differs"):
+        verify(folder)

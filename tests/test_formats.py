@@ -185,7 +185,7 @@ def test_a_file_of_full_size_is_told_from_its_header(
 def test_every_tensor_of_a_file_of_full_size_has_its_place(big: dict[str, Path], name: str) -> None:
     opened = open_model(big[name])
     assert opened.description.tensors == sum(
-        len(stored.parts)  # type: ignore[attr-defined]
+        len(stored.parts)  # type: ignore[attr-defined]  # these are joined
         for part in opened.parts.values()
         for stored in part.values()
     )
@@ -418,7 +418,7 @@ class Answers(nn.Module):
 @pytest.mark.parametrize("says", ["eps", "v"])
 @pytest.mark.parametrize("in_channels", [4, 9])
 def test_a_unet_that_is_asked_says_what_it_predicts(says: str, in_channels: int) -> None:
-    prediction, reason = probe.ask(Answers(says, in_channels), torch.zeros(1, 77, 768))  # type: ignore[arg-type]
+    prediction, reason = probe.ask(Answers(says, in_channels), torch.zeros(1, 77, 768))  # type: ignore[arg-type]  # answers in place of a UNet
     assert prediction == says
     assert ("does not give back" in reason) == (says == "v")
 

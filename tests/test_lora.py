@@ -213,7 +213,7 @@ def test_offset_noise_is_the_same_at_every_pixel() -> None:
     batch = Batch((mean, mean, torch.zeros(4, 5, 32)), (torch.zeros(1, 5, 32),))
     for offset in (0.0, 0.5):
         config = DiffusionTraining(offset_noise=offset, **STAGE)
-        diffusion_losses(MODEL, noise_schedule(MODEL), config)(network, batch, Draws(0, 0, 4))  # type: ignore[arg-type]
+        diffusion_losses(MODEL, noise_schedule(MODEL), config)(network, batch, Draws(0, 0, 4))  # type: ignore[arg-type]  # a function in place of a network
     difference = seen[1] - seen[0]
     assert difference.abs().max() > 0.1
     assert torch.allclose(difference, difference[:, :, :1, :1].expand_as(difference), atol=1e-6)

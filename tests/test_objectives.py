@@ -13,7 +13,7 @@ from ldm.models.clip import sigmoid_loss
 from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ldm.models.text import open_clip_module
 from ldm.training.adversarial import Adversarial, adaptive_weight, adversarial_losses
-from ldm.training.autoencoder import AutoencoderTraining, crop, crops
+from ldm.training.autoencoder import AutoencoderTraining, cropped, crops
 from ldm.training.clip import GlobalBatchNorm, contrastive_loss
 from ldm.training.perceptual import WIDTHS, Lpips
 
@@ -154,4 +154,19 @@ def test_of_several_crops_the_one_with_most_contrast_is_taken() -> None:
     )
     image = torch.zeros(3, 32, 32)
     image[:, :, 20:22] = 1.0
-    assert all(crop(image, config, seed).std() > 0 for seed in range(5))
+    assert all(crop.std() > 0 for crop in cropped(image.expand(5, 3, 32, 32), config, range(5)))
+
+
+def test_a_crop_is_a_part_of_its_own_picture_at_its_own_side() -> None:
+    config = AutoencoderTraining(steps=1, batch_size=1, learning_rate=1e-3, crop=8, sides=(32, 16), crop_candidates=2)
+    # Every pixel tells its picture, row and column; shrunk by two, what it tells is the mean of four.
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    images = torch.stack([torch.stack([torch.full((32, 32), float(i)), rows, columns]) for i in range(12)])
+    steps = set()
+    for number, crop in enumerate(cropped(images, config, range(12))):
+        assert (crop[0] == number).all()
+        step = float(crop[1, 1, 0] - crop[1, 0, 0])
+        assert torch.equal(crop[1].diff(dim=0), torch.full((7, 8), step)) and not crop[1].diff(dim=1).any()
+        assert torch.equal(crop[2].diff(dim=1), torch.full((8, 7), step)) and not crop[2].diff(dim=0).any()
+        steps.add(step)
+    assert steps == {1.0, 2.0}

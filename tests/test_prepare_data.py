@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,18 +64,6 @@ def photos(tmp_path: Path) -> Path:
         if caption is not None:
             (folder / name).with_suffix(".txt").write_bytes(caption)
     return folder
-
-
-@pytest.fixture
-def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """scripts/prepare_data.py's main, called with these flags."""
-    main = runpy.run_path(str(SCRIPT))["main"]
-
-    def called(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        main()
-
-    return called
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -177,6 +164,61 @@ def test_a_table_without_a_known_column_is_refused(photos: Path, prepare: Callab
     assert captions(tmp_path / "out") == ["a"]
 
 
+def parquet(path: Path, columns: dict[str, list[object]]) -> Path:
+    """A Parquet file of these columns."""
+    pyarrow = pytest.importorskip("pyarrow", reason="reading Parquet needs pyarrow: pip install '.[parquet]'")
+    tables = pytest.importorskip("pyarrow.parquet")
+    tables.write_table(pyarrow.table(columns), path, row_group_size=3)
+    return path
+
+
+def test_parquet_gives_what_the_folder_gives(photos: Path, prepare: Callable[..., None], tmp_path: Path) -> None:
+    names = [path.relative_to(photos).as_posix() for path in sorted(photos.rglob("*.dotted.png"))]
+    data = [(photos / name).read_bytes() for name in names]
+    columns: dict[str, list[object]] = {"text": [f"picture {number}" for number in range(10)], "score": [0.5] * 10}
+    pictures: dict[str, list[object]] = {
+        "files": list(names),
+        "bytes": list(data),
+        "hugging face": [{"bytes": one, "path": None} for one in data],
+    }
+    for kind, column in pictures.items():
+        table = parquet(photos / f"{kind}.parquet", {"image": column, **columns})
+        out = tmp_path / kind
+        prepare("--source", "parquet", "--input", table, "--output", out, *SMALL)
+        samples = list(read_samples(out, seed=0, shuffle=False, epochs=1))
+        assert [sample.caption for sample in samples] == columns["text"], kind
+        assert all(sample.facts["score"] == 0.5 for sample in samples)
+        expected = [resized(picture(number), Rules(resolution=16)).tobytes() for number in range(10)]
+        assert [sample.image.tobytes() for sample in samples] == expected
+
+
+def test_parquet_rows_that_cannot_be_used_are_counted(
+    photos: Path, prepare: Callable[..., None], tmp_path: Path
+) -> None:
+    columns: dict[str, list[object]] = {
+        "image": ["0.dotted.png", None, "gone.png", "1.dotted.png"],
+        "captions": [["first", "second"], ["none"], ["gone"], None],
+    }
+    table = parquet(photos / "t.parquet", columns)
+    prepare("--source", "parquet", "--input", table, "--output", tmp_path / "out", *SMALL)
+    (sample,) = read_samples(tmp_path / "out", seed=0, shuffle=False, epochs=1)
+    assert sample.caption == "first" and sample.facts["captions"] == ["first", "second"]
+    rejects = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert rejects == ["bad row", "missing file", "no caption"]
+
+
+def test_parquet_that_is_none_is_said(photos: Path, prepare: Callable[..., None], tmp_path: Path) -> None:
+    table = parquet(photos / "t.parquet", {"image": ["0.dotted.png"], "words": ["a"]})
+    asked = ("--source", "parquet", "--input", table, "--output", tmp_path / "out", *SMALL)
+    with pytest.raises(DataError, match=r"got columns image, words, expected captions or caption .*--caption-column"):
+        prepare(*asked)
+    data = table.read_bytes()
+    for torn in (data[: len(data) // 2], b"", b"PAR1", b"noise" * 40):
+        table.write_bytes(torn)
+        with pytest.raises(DataError, match="no whole Parquet file"):
+            prepare(*asked, "--resume")
+
+
 def test_parquet_without_pyarrow_says_what_to_install(
     prepare: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,8 +266,8 @@ def killed_at(call: int, name: str, *arguments: object) -> int:
     return subprocess.run(command, capture_output=True, env=environment(), timeout=120, check=False).returncode
 
 
-# fsync 1: shard 0 under its temporary name; 2: rejects of shard 0; 3: its line; replace 3: shard 1 before its name.
-@pytest.mark.parametrize(("name", "call"), [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 3)])
+# fsync 2: shard 0 under its temporary name; 3: rejects of shard 0; 4: its line; replace 3: shard 1 before its name.
+@pytest.mark.parametrize(("name", "call"), [("fsync", 2), ("fsync", 3), ("fsync", 4), ("replace", 3)])
 def test_a_killed_import_goes_on_to_the_same_bytes(
     photos: Path, prepare: Callable[..., None], tmp_path: Path, name: str, call: int
 ) -> None:

@@ -12,12 +12,14 @@ from tiny_training import KINDS, MODEL, Task, state_digest, trained
 from torch import nn
 
 from ldm.errors import NotFiniteError, SettingError
-from ldm.training import loop, state
+from ldm.training import checkpoint, loop, state
 from ldm.training.batch import Batch, Draws
+from ldm.training.latents import LatentCache
 from ldm.training.loop import Conduct
-from ldm.training.optimization import LossScale
+from ldm.training.optimization import LossScale, OptimizationConfig
 from ldm.training.signals import Stopped, StopRequest
-from ldm.training.update import Losses
+from ldm.training.update import Losses, Update
+from ldm.training.workers import workers
 
 
 def run(kind: str, folder: Path, until: int | None = None, **settings: Any) -> str:
@@ -80,7 +82,7 @@ def forget_skipped(kept: state.Trainee) -> None:
 
 def forget_weights(kept: state.Trainee) -> None:
     with torch.no_grad():
-        next(iter(kept.trained.values())).view(-1)[0] += 1e-6
+        next(iter(kept.trained.values()))[0] += 1e-6
 
 
 @pytest.mark.parametrize("broken", [forget_moments, forget_average, forget_skipped, forget_weights])
@@ -167,6 +169,61 @@ def test_too_many_bad_updates_stop_the_run_and_leave_the_good_state(
     with pytest.raises(NotFiniteError, match=r"step 7: .*5 updates in a row"):
         list(trained("unet", tmp_path, save_every=2))
     assert state_digest(tmp_path) == good
+
+
+def test_a_latent_that_is_no_number_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tiny_training.LatentCache
+
+    def poisoned(mean: torch.Tensor, *rest: Any) -> LatentCache:
+        mean[5] = float("nan")
+        return made(mean, *rest)
+
+    monkeypatch.setattr(tiny_training, "LatentCache", poisoned)
+    *_, last = trained("unet", tmp_path, steps=7)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert len(lines) == last.skipped > 0
+    assert all(line.count("picture") == 1 and "samples picture 5" in line for line in lines)
+
+
+def test_a_gradient_that_is_infinite_is_left_out_and_all_samples_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tiny_training.TASKS["unet"]
+
+    def steep(kind: str, settings: dict[str, Any]) -> Task:
+        module, objective, batches, config, apart = task(kind, settings)
+        weight = next(module.parameters())
+        weight.register_hook(lambda gradient: gradient * float("inf"))
+        return module, objective, batches, config, apart
+
+    monkeypatch.setitem(tiny_training.TASKS, "unet", steep)
+    with pytest.raises(NotFiniteError, match="5 updates in a row"):
+        list(trained("unet", tmp_path))
+    first = capsys.readouterr().err.splitlines()[0]
+    assert "the loss was finite, its gradient was not" in first and first.count("picture") == 8
+    assert not list(tmp_path.glob("step_*"))
+
+
+def test_a_loss_scale_is_restored_and_its_fall_below_one_ends_the_run(tmp_path: Path) -> None:
+    config = OptimizationConfig(steps=1, batch_size=1, learning_rate=1.0, precision="fp16")
+    before, after = (state.trainee(torch.nn.Linear(2, 2), config) for _ in range(2))
+    before.scale.value, before.scale.good = 4.0, 17
+    state.restore(checkpoint.read(checkpoint.save(tmp_path, state.capture(3, before, 1))), after)
+    assert (after.scale.value, after.scale.good) == (4.0, 17)
+    update = Update(after, after.module, lambda *_: {}, config, [], [], workers())
+    for _ in range(2):
+        update.leave_out([], "step 1: overflow")
+    assert after.bad == 0 and after.skipped == 2
+    with pytest.raises(NotFiniteError, match="loss scale fell below 1"):
+        update.leave_out([], "step 1: overflow")
+
+
+def test_a_network_that_cannot_learn_is_refused() -> None:
+    config = OptimizationConfig(steps=1, batch_size=1, learning_rate=1.0)
+    with pytest.raises(SettingError, match="no parameter that learns"):
+        state.trainee(torch.nn.Linear(2, 2).requires_grad_(False), config)
 
 
 def test_fp16_lowers_its_scale_where_gradients_overflow_and_raises_it_again() -> None:

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 import tarfile
@@ -181,18 +180,6 @@ def test_torn_shards_are_refused(shards: list[Path], keep: int) -> None:
     shards[1].write_bytes(whole[:keep])
     with pytest.raises(DataError, match=r"shapes-00001\.tar: torn"):
         list(read_samples(shards, seed=0, epochs=1))
-
-
-@pytest.fixture
-def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """scripts/prepare_data.py's main, called with these flags."""
-    main = runpy.run_path(str(SCRIPT))["main"]
-
-    def called(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        main()
-
-    return called
 
 
 ASKED = ("--count", 25, "--shard-size", 10, "--resolution", 16, "--output")

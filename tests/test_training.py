@@ -1,5 +1,6 @@
 """Training resumes where it was, averages as its formula says, and goes from nothing to a bundle that draws."""
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 
 from ldm import config as configuration
 from ldm.bundle import Bundle
-from ldm.data.digits import BUNDLED, endless, load, read_idx
+from ldm.data.digits import BUNDLED, load, read_idx
 from ldm.data.pictures import PictureBatch
+from ldm.data.shards import write_shards
 from ldm.errors import DataError, NotFiniteError, SettingError
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
-from ldm.training import checkpoint, latents
+from ldm.training import checkpoint, latents, stages
 from ldm.training.autoencoder import (
     AutoencoderTraining,
     Reconstruction,
@@ -34,11 +36,12 @@ from ldm.training.autoencoder import (
 from ldm.training.batch import Batch, Draws
 from ldm.training.clip import contrastive_loss
 from ldm.training.ema import EMA
-from ldm.training.latents import LatentCache, Samples
+from ldm.training.latents import LatentCache
 from ldm.training.loop import train
 from ldm.training.optimization import OptimizationConfig, learning_rate
 from ldm.training.recipe import Recipe
 from ldm.training.run import Run, model_so_far
+from ldm.training.source import DataConfig
 from ldm.training.stages import averaged, finish, latents_stage, unet_stage
 from ldm.training.update import Losses
 
@@ -192,7 +195,7 @@ def digits_recipe() -> Recipe:
 
 
 def test_from_digits_to_a_bundle_that_draws_them(tmp_path: Path) -> None:
-    run = Run(digits_recipe(), tmp_path, lambda seed: endless(BUNDLED, seed))
+    run = Run(digits_recipe(), tmp_path)
     *_, cache = latents_stage(run, run.recipe.unet_training[0], count=200)
     assert isinstance(cache, LatentCache) and cache.mean.shape == (200, 1, 28, 28) and cache.std.abs().max() == 0
     losses = [report.losses["loss"] for report in unet_stage(run, 0, cache, model_so_far(run))]
@@ -217,15 +220,20 @@ def coloured_recipe(**stage: object) -> Recipe:
     return configuration.validate(settings, Recipe, "coloured")
 
 
-def coloured(seed: int) -> Samples:
-    """An endless sequence of two plain pictures."""
-    while True:
-        for name in ("red", "blue"):
-            yield Image.new("RGB", (16, 16), name), f"a {name}", {}
+def coloured(folder: Path) -> Run:
+    """A run on two plain pictures."""
+    samples = []
+    for name in ("red", "blue"):
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16), name).save(file, "PNG")
+        samples.append({"__key__": name, "png": file.getvalue(), "txt": f"a {name}"})
+    write_shards(samples, folder / "shards", 2, "coloured")
+    data = DataConfig(shards=str(folder / "shards"))
+    return Run(coloured_recipe().model_copy(update={"data": data}), folder)
 
 
 def test_a_text_tower_that_learns_with_the_unet_is_read_with_from_then_on(tmp_path: Path) -> None:
-    run = Run(coloured_recipe(), tmp_path, coloured)
+    run = coloured(tmp_path)
     stage, later = run.recipe.unet_training
     untaught = model_so_far(run)
     *_, cache = latents_stage(run, stage, 12)
@@ -241,9 +249,41 @@ def test_a_text_tower_that_learns_with_the_unet_is_read_with_from_then_on(tmp_pa
     assert not torch.allclose(states[0], states[1], atol=1e-3)
     assert torch.equal(states[1], states[2])
     *_, cache = latents_stage(run, later, 12)  # the second stage reads states, those of the taught tower
-    assert isinstance(cache, LatentCache) and torch.equal(cache.conditions[0], states[1][0].half())
+    assert isinstance(cache, LatentCache) and cache.conditions.shape == (3, 8, 16)
+    assert any(torch.equal(condition, states[1][0].half()) for condition in cache.conditions)
     assert [*unet_stage(run, 1, cache, model_so_far(run))]
     assert torch.allclose(Bundle.load(str(finish(run))).text.encode(["a red"]).tokens, states[1], atol=1e-2)  # fp16
+
+
+def test_encoding_that_is_stopped_goes_on_behind_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "PART", 8)
+    monkeypatch.setattr(stages, "ENCODED_AT_ONCE", 4)
+    whole, parts = coloured(tmp_path / "whole"), coloured(tmp_path / "parts")
+    stage = whole.recipe.unet_training[0]
+    *_, expected = latents_stage(whole, stage, 20)
+    running = latents_stage(parts, stage, 20)
+    assert [next(running) for _ in range(3)] == [4, 8, 12]
+    running.close()
+    progress = list(latents_stage(parts, stage, 20))
+    assert progress[:-1] == [12, 16, 20]
+    found = progress[-1]
+    assert isinstance(found, LatentCache) and isinstance(expected, LatentCache)
+    assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in latents.TENSORS)
+    assert sorted(path.name for path in (parts.folder / "latents").iterdir()) == ["16.json", "16.safetensors"]
+
+
+def test_joined_caches_keep_each_picture_with_its_caption() -> None:
+    def part(first: int, captions: list[int]) -> LatentCache:
+        """Pictures and captions that are numbers; the null caption is −1."""
+        n, m = len(captions), max(captions) + 1
+        numbers = torch.arange(first, first + n).float().reshape(n, 1, 1, 1)
+        conditions = torch.tensor([*(10.0 * first + i for i in range(m)), -1.0]).reshape(m + 1, 1, 1)
+        return LatentCache(numbers, numbers / 2, conditions, torch.tensor(captions))
+
+    whole = latents.joined([part(0, [0, 1, 0]), part(3, [0, 0, 2, 1])])
+    assert whole.mean.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert whole.conditions[whole.caption].flatten().tolist() == [0, 1, 0, 30, 30, 32, 31]
+    assert whole.conditions.flatten().tolist() == [0, 1, 30, 31, 32, -1]
 
 
 def test_a_text_tower_learns_from_captions_only() -> None:

@@ -138,7 +138,7 @@ def test_tensors_come_out_of_the_wrapping_of_compvis(tmp_path: Path, zipped: boo
     name = "pytorch_lightning.callbacks.model_checkpoint"
     modules = {part: types.ModuleType(part) for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name)}
     callback = type("ModelCheckpoint", (), {"__module__": name})
-    modules[name].ModelCheckpoint = callback  # type: ignore[attr-defined]
+    modules[name].ModelCheckpoint = callback  # type: ignore[attr-defined]  # a module made here
     weights = {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.float16)}
     wrapped = {"epoch": 3, "state_dict": weights, "callbacks": {callback: {"best_model_score": np.float64(0.25)}}}
     path = tmp_path / "model.ckpt"

@@ -27,6 +27,7 @@ from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ldm.models.model_config import ModelConfig
 from ldm.models.text import ClipTextConfig, ClipTextEncoder
 from ldm.models.unet import UNet
+from ldm.nn.layers import channels_last
 from ldm.training import checkpoint
 from ldm.training.adversarial import Adversarial
 from ldm.training.autoencoder import AutoencoderTraining, Reconstruction, autoencoder_losses, crops
@@ -83,7 +84,7 @@ def autoencoder_task(kind: str, settings: dict[str, Any]) -> Task:
     config = AutoencoderTraining(crop=16, sides=(16, 32), discriminator=judge, discriminator_start=4, **settings)
     shape = model().autoencoder
     assert isinstance(shape, AutoencoderConfig)
-    autoencoder = KLAutoencoder(shape)
+    autoencoder = channels_last(KLAutoencoder(shape))
     module: nn.Module = Reconstruction(autoencoder)
     adversary = None
     if judge is not None:
@@ -104,7 +105,7 @@ def clip_task(kind: str, settings: dict[str, Any]) -> Task:
 def unet_task(kind: str, settings: dict[str, Any]) -> Task:
     drawn = torch.Generator().manual_seed(5)
     mean, std = torch.randn(PICTURES, 4, 8, 8, generator=drawn), torch.rand(PICTURES, 4, 8, 8, generator=drawn)
-    unet, conditions = UNet(model().unet), torch.randn(4, 8, 16, generator=drawn)
+    unet, conditions = channels_last(UNet(model().unet)), torch.randn(4, 8, 16, generator=drawn)
     network: nn.Module = unet
     if kind == "conditioned":
         text = model().text

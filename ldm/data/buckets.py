@@ -18,6 +18,11 @@ class BucketConfig(Config):
     # Longer side over shorter one, at most.
     max_aspect: float = Field(default=2.0, ge=1)
 
+    @property
+    def name(self) -> str:
+        """What distinguishes latents that were cached with these buckets from others."""
+        return f"{self.step} {self.max_aspect:g}"
+
 
 def bucket_sizes(side: int, config: BucketConfig | None) -> tuple[Size, ...]:
     """The sizes for an area of side², from narrow to wide; without a config only the square.

@@ -5,7 +5,6 @@ scikit-learn's 1,797 digits are 8×8 (UCI's optical recognition set); they are e
 
 import gzip
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,16 +57,3 @@ def load(source: str) -> tuple[Pixels, NDArray[np.int64]]:
 def enlarge(image: Pixels) -> Pixels:
     """A small digit at 28×28."""
     return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-
-
-def endless(source: str, seed: int) -> Iterator[tuple[Image.Image, str, dict[str, object]]]:
-    """Digits and their labels as captions for ever, in a new order each epoch that follows from the seed."""
-    images, labels = load(source)
-
-    def samples() -> Iterator[tuple[Image.Image, str, dict[str, object]]]:
-        rng = np.random.default_rng(abs(seed))
-        while True:
-            for index in rng.permutation(len(images)):
-                yield Image.fromarray(images[index]), str(labels[index]), {}
-
-    return samples()

@@ -19,6 +19,7 @@ from ldm.data.cleaning import Cleaned, Rules, clean
 from ldm.data.duplicates import Fingerprint, Seen
 from ldm.data.records import Record, Records, Reject
 from ldm.errors import DataError
+from ldm.files import sha256
 
 MANIFEST, REJECTS = "manifest.jsonl", "rejects.jsonl"
 AT_ONCE = 256  # records that are in memory at a time
@@ -146,13 +147,12 @@ def finish(
     """Write a shard, then the rejects on the way to it, then the line that makes both count."""
     from ldm.data.shards import write_shard
 
-    sha256 = ""
+    of_shard = ""
     if name:
         write_shard(samples, folder / name)
-        with (folder / name).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        of_shard = sha256(folder / name)
     _append(folder / REJECTS, [asdict(reject) for reject in found])
-    _append(folder / MANIFEST, [asdict(Finished(name, len(samples), sha256, read, digest, rejects))])
+    _append(folder / MANIFEST, [asdict(Finished(name, len(samples), of_shard, read, digest, rejects))])
 
 
 def _append(path: Path, rows: list[dict[str, object]]) -> None:
@@ -205,9 +205,8 @@ def manifest_faults(folder: Path) -> list[str]:
         if not path.is_file():
             faults.append(f"{path}: no such shard, expected {line.samples} samples; prepare the data again")
             continue
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != line.sha256:
-                faults.append(f"{path}: sha256 differs from {MANIFEST}: torn or changed; prepare the data again")
+        if sha256(path) != line.sha256:
+            faults.append(f"{path}: sha256 differs from {MANIFEST}: torn or changed; prepare the data again")
     names = {line.shard for line in lines}
     faults += [
         f"{path}: not in {MANIFEST}; remove it" for path in sorted(folder.glob("*.tar")) if path.name not in names

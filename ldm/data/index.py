@@ -21,9 +21,10 @@ from webdataset.tariterators import base_plus_ext
 
 from ldm.cli import warn
 from ldm.data.decoding import IMAGE_FORMATS, PICTURE_ERRORS
-from ldm.data.shards import LARGEST_MEMBER, TORN, refuse_executable, refuse_open_end, torn
+from ldm.data.shards import LARGEST_MEMBER, TORN, refuse_executable, refuse_open_end, regular_files, torn
 from ldm.data.tally import BadSample, Fault, Tally
 from ldm.errors import DataError
+from ldm.files import appearing
 
 FORMAT = 1
 OPEN_AT_ONCE = 64  # shards that a process keeps open
@@ -136,17 +137,14 @@ def _short(*values: object) -> str:
 
 
 def _keep(rows: NDArray[Any], kept: Path) -> None:
-    temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with appearing(kept, shared=True) as temporary, temporary.open("wb") as file:
             np.save(file, rows, allow_pickle=False)
-        what = kept.name.removesuffix(".index.npy").rpartition(".")[0]
-        for stale in kept.parent.glob(f"{glob.escape(what)}.*.index.npy"):
-            stale.unlink(missing_ok=True)  # of what the shard was before
-        os.replace(temporary, kept)
+            what = kept.name.removesuffix(".index.npy").rpartition(".")[0]
+            for stale in kept.parent.glob(f"{glob.escape(what)}.*.index.npy"):
+                stale.unlink(missing_ok=True)  # of what the shard was before
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         warn(f"{kept.parent}: cannot keep an index there: {error.strerror}; name a folder as `index`")
 
 
@@ -196,10 +194,7 @@ def _fault(path: Path, key: str, reason: str, words: str) -> Fault:
 def _members(path: Path, faults: list[Fault]) -> Iterator[tuple[str, str, Span]]:
     """Key, ending and place of every file in a tar; the error of a tear comes behind the file that is torn."""
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # or they would all be kept
-            if not member.isreg() or member.issparse() or member.name.startswith("__"):
-                continue
+        for member in regular_files(tar):
             key, ending = base_plus_ext(member.name)
             if key is None:
                 faults.append(Fault(str(path), "file without ending", f"got {member.name}, expected <key>.<ending>"))
@@ -241,11 +236,8 @@ class Reader:
         self.table = table
         self._open: OrderedDict[int, int] = OrderedDict()
 
-    def __getstate__(self) -> Table:
-        return self.table  # descriptors do not travel to other processes
-
-    def __setstate__(self, table: Table) -> None:
-        self.__init__(table)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type["Reader"], tuple[Table]]:
+        return Reader, (self.table,)  # descriptors do not travel to other processes
 
     def __del__(self) -> None:
         for descriptor in self._open.values():

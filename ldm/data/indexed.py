@@ -9,7 +9,7 @@ from ldm.data.buckets import assign, bucket_sizes
 from ldm.data.decoding import DECODED
 from ldm.data.index import PICTURES, Reader, open_table
 from ldm.data.loading import PartsOfBatches, loaded
-from ldm.data.order import Chance, Indices, Part, Plan
+from ldm.data.order import Chance, Indices, Mixture, Part, Plan
 from ldm.data.pictures import Picture, PictureBatch, batch_of, read_picture_sample
 from ldm.data.settings import PicturesConfig
 from ldm.data.shards import find_shards
@@ -44,13 +44,25 @@ class IndexedShards:
 
     def __init__(self, config: PicturesConfig) -> None:
         self.config = config
+        plain = config.pictures.model_copy(update={"mirror": 0.0, "grounds": 0.0})
+        self._as_they_are = config.model_copy(update={"pictures": plain})
         self.sizes = bucket_sizes(config.pictures.side, config.buckets)
         measure = None if config.buckets is None else PICTURES
         paths = find_shards(config.shards)
-        self.table = open_table(paths, DECODED, config.index, measure, config.max_bad_fraction)
+        further = find_shards(config.mix.shards) if config.mix is not None else []
+        self.table = open_table([*paths, *further], DECODED, config.index, measure, config.max_bad_fraction)
         self.tally = Tally(config.max_bad_fraction, min(WINDOW, len(self.table)))
-        self.plan = Plan(len(self.table), config.batch_size, config.seed, self._buckets())
-        self._reader = Reader(self.table)
+        self.plan = self._plan(int((self.table.shard < len(paths)).sum()))
+        self.reader = Reader(self.table)
+
+    def _plan(self, first: int) -> Plan | Mixture:
+        """The order of all samples; the first `first` of them are not those of the mix."""
+        config, n = self.config, len(self.table)
+        if config.mix is None:
+            return Plan(n, config.batch_size, config.seed, self._buckets())
+        if not 0 < first < n:
+            raise DataError(f"{config.mix.shards}: no samples to mix, {first} and {n - first}; prepare the data again")
+        return Mixture(first, n - first, config.mix.share, config.batch_size, config.seed)
 
     def _buckets(self) -> Indices | None:
         if self.config.buckets is None:
@@ -86,8 +98,13 @@ class IndexedShards:
         return batch_of(part.step, part.first, pictures, faults)
 
     def _picture(self, bucket: int, chance: Chance, sample: int) -> Picture:
-        files, key, where = self._reader.files(sample), self.table.key(sample), self.table.where(sample)
-        return read_picture_sample(files, key, where, self.config, self.sizes[bucket], chance)
+        files, key, where = self.reader.files(sample), self.table.key(sample), self.table.where(sample)
+        return read_picture_sample(files, key, where, self.config_of(sample), self.sizes[bucket], chance)
+
+    def config_of(self, sample: int) -> PicturesConfig:
+        """The config that a sample is read with: pictures of the mix are what their captions say, as they are."""
+        is_mix = isinstance(self.plan, Mixture) and self.plan.in_second(sample)
+        return self._as_they_are if is_mix else self.config
 
 
 def first_good(samples: Iterable[int], read: Callable[[int], T], faults: list[Fault]) -> T:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from ldm.data.settings import LatentsConfig
 from ldm.data.shards import find_shards
 from ldm.data.tally import WINDOW, BadSample, Fault, Tally
 from ldm.errors import DataError
+from ldm.files import appearing
 
 ABOUT, NULL = "latents.json", "null.npy"
 LATENT, TEXT, FACTS = "latent.npy", "text.npy", "json"
@@ -71,6 +72,11 @@ class LatentBatch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def pin_memory(self) -> "LatentBatch":
+        """The same in memory that a GPU can fetch from by itself; the loader asks for it."""
+        text = None if self.text is None else self.text.pin_memory()
+        return replace(self, mean=self.mean.pin_memory(), std=self.std.pin_memory(), text=text)
 
 
 # Writing -------------------------------------------------------------------------------------------------------
@@ -115,8 +121,8 @@ def describe(folder: Path, made_from: MadeFrom, pictures: str, null: Half | None
             raise DataError(f"{folder}: got latents of other pictures ({kept}), expected {pictures}; name a new folder")
         return
     if null is not None:
-        _replace(folder / NULL, npy(null))
-    _replace(folder / ABOUT, json.dumps({**asdict(made_from), "pictures": pictures}, indent=2).encode() + b"\n")
+        _write(folder / NULL, npy(null))
+    _write(folder / ABOUT, json.dumps({**asdict(made_from), "pictures": pictures}, indent=2).encode() + b"\n")
 
 
 def pictures_name(shards: Sequence[Path]) -> str:
@@ -124,10 +130,9 @@ def pictures_name(shards: Sequence[Path]) -> str:
     return hashlib.sha256(repr([(path.name, path.stat().st_size) for path in shards]).encode()).hexdigest()[:16]
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+def _write(path: Path, data: bytes) -> None:
+    with appearing(path, shared=True) as temporary:  # by every rank at once
+        temporary.write_bytes(data)
 
 
 # Reading -------------------------------------------------------------------------------------------------------
@@ -222,7 +227,11 @@ class LatentShards:
             keys.append(self.table.key(found))
             states.append(of_text)
         mean, std = torch.from_numpy(latents).unbind(1)
-        text = None if self.null is None else torch.from_numpy(np.stack([of_text for of_text in states if of_text is not None]))
+        text = (
+            None
+            if self.null is None
+            else torch.from_numpy(np.stack([of_text for of_text in states if of_text is not None]))
+        )
         return LatentBatch(part.step, part.first, tuple(keys), mean, std, text, torch.tensor(dropped), tuple(faults))
 
     def _sample(self, row: Half, header: bytes, chance: Chance | None, sample: int) -> tuple[int, Half | None]:

@@ -3,22 +3,26 @@
 import multiprocessing
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.order import Part, Plan
+from ldm.data.order import Mixture, Part, Plan
 from ldm.errors import DataError, LdmError, MachineError
 
+LOOK_EVERY_SECONDS = 1.0  # whether workers are alive, where an item does not come
 T = TypeVar("T")
 
 
 class PartsOfBatches(Dataset[T | LdmError], Generic[T]):
     """Item `step` is what `make` makes of one rank's part of global batch `step`."""
 
-    def __init__(self, plan: Plan, make: Callable[[Part], T], rank: int, world_size: int) -> None:
+    def __init__(self, plan: Plan | Mixture, make: Callable[[Part], T], rank: int, world_size: int) -> None:
         plan.part(0, rank, world_size)  # says at once what cannot be shared
         self._plan, self._make = plan, make
         self._rank, self._world_size = rank, world_size
@@ -51,21 +55,24 @@ def loaded(
         sampler=None if start is None else range(start, sys.maxsize),
         num_workers=workers,
         collate_fn=_as_it_is,
-        timeout=timeout_s if workers else 0,
+        timeout=min(timeout_s, LOOK_EVERY_SECONDS) if workers else 0,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_parent,
     )
-    items = iter(loader)
+    items = _started(loader)
     mine = set(multiprocessing.active_children()) - before
-    failed: Exception | None = None
+    asked = time.monotonic()
+    failed: LdmError | None = None
     while failed is None:
         try:
             item = next(items)
         except StopIteration:
             return
         except RuntimeError as error:
-            failed = _failure(str(error), timeout_s, where)
-            if failed is None:
-                raise
+            if "timed out" not in str(error) or time.monotonic() - asked >= timeout_s:
+                failed = _failure(str(error), timeout_s, where)
+                if failed is None:
+                    raise
             continue  # and leave this block: the error would keep the loader, and with it its workers
         try:
             if isinstance(item, LdmError):
@@ -75,9 +82,23 @@ def loaded(
             del items
             _end(mine)
             raise
+        asked = time.monotonic()
     del items
     _end(mine)
     raise failed
+
+
+def _started(loader: "DataLoader[T | LdmError]") -> Iterator[T | LdmError]:
+    """The loader's iterator, with its workers running.
+
+    torch would raise an error about a dead worker out of a signal handler, wherever the program is then. The handler of
+    before is put back: whoever asks for an item hears of it, as soon as one does not come.
+    """
+    handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return items
 
 
 def _failure(words: str, timeout_s: float, where: str) -> LdmError | None:

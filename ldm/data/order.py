@@ -124,6 +124,10 @@ class Plan:
         positions = number * self.batch_size + index * size + np.arange(size)
         return Part(step, index * size, bucket, self._at(bucket, positions))
 
+    def at(self, positions: Indices) -> Indices:
+        """The samples at these positions of the endless sequence of a set without buckets."""
+        return self._at(0, positions)
+
     def from_on(self, bucket: int, sample: int) -> Iterator[int]:
         """The sample and the others of its bucket behind it, round once: what stands in for one that is bad."""
         yield sample
@@ -159,3 +163,40 @@ class Plan:
         bucket = int(labels[place])
         before = len(self._members[bucket]) * epoch // self.batch_size
         return bucket, before + int((labels[:place] == bucket).sum())
+
+
+class Mixture:
+    """All global batches of two sets, `first` and `second` samples, of which the second has a `share` of all places.
+
+    Position p belongs to the second set where ⌊(p + 1)·share⌋ > ⌊p·share⌋, so that it comes in even steps (Bresenham
+    1965), and is then its ⌊p·share⌋th; both sets have an endless order of their own. The samples of the second set are
+    numbered behind those of the first.
+    """
+
+    def __init__(self, first: int, second: int, share: float, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size = first + second, batch_size
+        self._first, self._share = first, share
+        self._plans = Plan(first, batch_size, seed), Plan(second, batch_size, seed)
+
+    def batch(self, step: int) -> Part:
+        """All samples of global batch `step`."""
+        return self.part(step, 0, 1)
+
+    def part(self, step: int, index: int, parts: int) -> Part:
+        """Part `index` of so many equal ones of global batch `step`. SettingError where it cannot be cut so."""
+        whole = self._plans[0].part(step, index, parts)  # says where it cannot
+        positions = step * self.batch_size + whole.first + np.arange(len(whole.samples))
+        before = np.floor(positions * self._share).astype(np.int64)
+        is_second = np.floor((positions + 1) * self._share) > before
+        first, second = self._plans
+        samples = np.where(is_second, self._first + second.at(before), first.at(positions - before))
+        return Part(step, whole.first, 0, samples)
+
+    def in_second(self, sample: int) -> bool:
+        """Whether a sample is one of the second set."""
+        return sample >= self._first
+
+    def from_on(self, bucket: int, sample: int) -> Iterator[int]:
+        """The sample and the others of its set behind it, round once: what stands in for one that is bad."""
+        start, plan = (self._first, self._plans[1]) if self.in_second(sample) else (0, self._plans[0])
+        return (start + other for other in plan.from_on(bucket, sample - start))

@@ -1,7 +1,7 @@
 """Batches of captioned pictures from shards: what is the same whether the shards are indexed or streamed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from ldm.data.buckets import Size
 from ldm.data.captions import all_captions, choose_caption
 from ldm.data.decoding import decode
+from ldm.data.grounds import choose_ground, colour_of, find_ground, on_ground, said
 from ldm.data.order import Chance
 from ldm.data.settings import PicturesConfig
 from ldm.data.tally import Fault
-from ldm.data.transforms import transform
+from ldm.data.transforms import concept, cropped, is_mirrored
 from ldm.images import to_tensor
 
 
@@ -45,6 +46,10 @@ class PictureBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def pin_memory(self) -> "PictureBatch":
+        """The same in memory that a GPU can fetch from by itself; the loader asks for it."""
+        return replace(self, images=self.images.pin_memory())
+
 
 def read_picture_sample(
     files: Mapping[str, bytes], key: str, where: str, config: PicturesConfig, size: Size, chance: Chance
@@ -52,8 +57,16 @@ def read_picture_sample(
     """The sample at `size`, with the caption of this step; random choices follow from `chance`. Raises BadSample."""
     sample = decode(files, where)
     caption = choose_caption(sample.caption, sample.facts, config.captions, chance, where)
-    image = transform(sample.image, all_captions(sample.caption, sample.facts), config.pictures, size, chance)
-    return Picture(key, to_tensor(image), caption, sample.facts)
+    picture = cropped(sample.image, config.pictures, size, chance)
+    image = to_tensor(picture)
+    ground = find_ground(picture) if config.pictures.grounds else None
+    name = None if ground is None else choose_ground(ground.fits, config.pictures.grounds, chance)
+    if ground is not None and name is not None:
+        image, caption = on_ground(image, ground.tensor(), colour_of(name)), said(caption, name)
+    names = concept(all_captions(sample.caption, sample.facts), sample.facts)
+    if is_mirrored(names, config.pictures, chance):
+        image = image.flip(-1)
+    return Picture(key, image, caption, sample.facts)
 
 
 def batch_of(step: int, first: int, pictures: Sequence[Picture], faults: Sequence[Fault]) -> PictureBatch:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ldm.config import Config
 from ldm.data.buckets import BucketConfig
@@ -29,14 +29,28 @@ class ReadingConfig(Config):
     index: Path | None = None
 
 
+class MixConfig(Config):
+    """A second set of shards that has a share of all places; its pictures are neither mirrored nor put on grounds."""
+
+    shards: str | tuple[str, ...]
+    share: float = Field(ge=0, le=1)
+
+
 class PicturesConfig(ReadingConfig):
     """Captioned pictures."""
 
     pictures: PictureConfig
     captions: CaptionConfig = CaptionConfig()
     buckets: BucketConfig | None = None
+    mix: MixConfig | None = None
     # Streaming only: samples, still encoded, among which each reader draws the next one.
     shuffle_buffer: PositiveInt = 1000
+
+    @model_validator(mode="after")
+    def _mixes_what_it_can_count(self) -> "PicturesConfig":
+        if self.mix is not None and (self.mode == "streaming" or self.buckets is not None):
+            raise ValueError("mix needs mode: indexed, and no buckets")
+        return self
 
 
 class LatentsConfig(ReadingConfig):

@@ -24,6 +24,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from ldm.data.decoding import DECODED, Sample, decode
 from ldm.data.tally import BadSample, Fault, Tally
 from ldm.errors import DataError, SettingError
+from ldm.files import appearing
 
 webdataset.utils.enforce_security = True  # also where somebody else imported it first
 
@@ -84,22 +85,18 @@ def write_shard(samples: Iterable[Mapping[str, object]], path: Path) -> int:
 
     ValueError for keys that would not be read back: one given twice, an empty one, one with a dot.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     keys: set[object] = set()
-    try:
-        with temporary.open("wb") as file:
-            with webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
-                for sample in samples:
-                    key = str(sample["__key__"])
-                    if key in keys or not key or "." in key.rpartition("/")[2]:
-                        raise ValueError(f"{path}: key {key!r}, expected one that is new and has no dot")
-                    keys.add(key)
-                    tar.write({name: _member(name, value) for name, value in sample.items()})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        appearing(path, shared=True) as temporary,
+        temporary.open("wb") as file,
+        webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False) as tar,
+    ):
+        for sample in samples:
+            key = str(sample["__key__"])
+            if key in keys or not key or "." in key.rpartition("/")[2]:
+                raise ValueError(f"{path}: key {key!r}, expected one that is new and has no dot")
+            keys.add(key)
+            tar.write({name: _member(name, value) for name, value in sample.items()})
     return len(keys)
 
 
@@ -276,11 +273,8 @@ def _files(stream: BinaryIO, name: str, report: Callable[[Fault], None]) -> Iter
     last = ""
     try:
         with tarfile.open(fileobj=stream, mode="r:" if can_seek(stream) else "r|") as tar:
-            for member in tar:
+            for member in regular_files(tar):
                 last = member.name
-                tar.members = []  # type: ignore[attr-defined]  # or they would all be kept
-                if not member.isreg() or member.issparse() or member.name.startswith("__"):
-                    continue
                 if member.size > LARGEST_MEMBER:
                     words = f"{member.name} has {member.size} bytes, expected at most {LARGEST_MEMBER}"
                     report(Fault(name, "file too large", words))
@@ -291,6 +285,14 @@ def _files(stream: BinaryIO, name: str, report: Callable[[Fault], None]) -> Iter
             refuse_open_end(stream, tar)
     except (tarfile.TarError, EOFError, OSError) as error:
         yield {"fname": f"{base_plus_ext(last)[0] or 'tear'}.{_TEAR}", "data": error, "__url__": name}
+
+
+def regular_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar that can be a sample's, in order."""
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # not in typeshed; kept, they would be most of the memory
+        if member.isreg() and not member.issparse() and not member.name.startswith("__"):
+            yield member
 
 
 def refuse_open_end(stream: BinaryIO, tar: tarfile.TarFile) -> None:

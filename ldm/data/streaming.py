@@ -70,7 +70,7 @@ class StreamedShards:
         readers = world_size * max(1, workers)
         if len(self.shards) < readers:
             most = len(self.shards) // world_size
-            remedy = f"use at most {most} workers (--num-workers {most})" if most else "use fewer processes"
+            remedy = f"use at most {most} workers (data.workers={most})" if most else "use fewer processes"
             raise SettingError(
                 f"shards: got {len(self.shards)} shards for {world_size} processes × {max(1, workers)} workers = "
                 f"{readers} readers, expected at least one each; {remedy}, or write smaller shards"

@@ -1,7 +1,8 @@
-"""A picture is brought to the size of its batch: turned into a mirror image at times, resized, and cropped."""
+"""A picture is brought to the size of its batch, and mirrored at times where its name allows it."""
 
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from PIL import Image
 from pydantic import Field, PositiveInt
@@ -16,6 +17,8 @@ HANDED = (
     *("letter", "letters", "word", "words", "text", "writing", "written", "sign", "symbol", "logo", "label", "button"),
     *("number", "numbers", "digit", "digits", "keycap", "numeral", "alphabet", "character", "characters", "keyboard"),
     *("arrow", "arrows", "clock", "watch", "o'clock", "flag", "flags", "map", "globe", "note", "notes"),
+    *("symbols", "mark", "calendar", "chart", "newspaper", "money", "banknote", "dollar", "euro", "pound", "yen"),
+    *("hundred", "points", "musical", "stopwatch", "timer", "ticket", "mahjong", "cards", "facing"),
 )
 
 
@@ -25,9 +28,17 @@ class PictureConfig(Config):
     # Side of a square picture in pixels; with buckets, the area is that of this square.
     side: PositiveInt
     crop: Literal["centre", "random"] = "centre"
-    # Probability of a mirror image, for pictures whose captions have none of the words in `handed`.
+    # Probability of a mirror image, for pictures whose captions, and what else names them, have none of the words in
+    # `handed`.
     mirror: float = Field(default=0.0, ge=0, le=1)
     handed: tuple[str, ...] = HANDED
+    # Probability that a picture on white gets another ground, which its caption then names.
+    grounds: float = Field(default=0.0, ge=0, le=1)
+
+
+def concept(captions: tuple[str, ...], facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """All that says what a picture shows: its captions, and the name and group that its facts give it."""
+    return (*captions, *(str(facts[name]) for name in ("cldr", "group") if name in facts))
 
 
 def may_be_mirrored(captions: tuple[str, ...], handed: tuple[str, ...]) -> bool:
@@ -38,15 +49,16 @@ def may_be_mirrored(captions: tuple[str, ...], handed: tuple[str, ...]) -> bool:
     return not (words & set(handed) or alone)
 
 
-def transform(
-    image: Image.Image, captions: tuple[str, ...], config: PictureConfig, size: Size, chance: Chance
-) -> Image.Image:
-    """The picture at `size`, mirrored or not."""
-    if config.mirror and chance("mirror") < config.mirror and may_be_mirrored(captions, config.handed):
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+def cropped(image: Image.Image, config: PictureConfig, size: Size, chance: Chance) -> Image.Image:
+    """The part of the picture that this step shows, at `size`."""
     if config.crop == "centre":
         return fit(image, size)
     return fit(image, size, chance("crop x"), chance("crop y"))
+
+
+def is_mirrored(captions: tuple[str, ...], config: PictureConfig, chance: Chance) -> bool:
+    """Whether this step shows the mirror image."""
+    return bool(config.mirror) and chance("mirror") < config.mirror and may_be_mirrored(captions, config.handed)
 
 
 def fit(image: Image.Image, size: Size, x: float = 0.5, y: float = 0.5) -> Image.Image:

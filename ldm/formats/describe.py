@@ -6,6 +6,7 @@ from ldm.config import parse_yaml
 from ldm.errors import ModelError, SettingError
 from ldm.formats import diffusers_folder, single_file
 from ldm.formats.evidence import Description, Layout, Prediction
+from ldm.formats.pieces import read_weights
 from ldm.formats.tensors import read_header, refuse_special, total_bytes
 
 BUNDLE_CONFIG = "config.yaml"
@@ -54,7 +55,7 @@ def describe_bundle(folder: Path) -> Description:
         raise ModelError(str(error)) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ModelError(f"{path}: not the config of a model; copy the whole model folder again") from None
-    tensors = [t for part in BUNDLE_PARTS for t in read_header(folder / f"{part}.safetensors").tensors.values()]
+    tensors = [t for part in BUNDLE_PARTS for t in read_weights(folder, part).values()]
     return Description(
         path=folder,
         layout="bundle",

@@ -60,8 +60,8 @@ def describe(folder: Path) -> Description:
     said = f"prediction_type is {scheduler['prediction_type']}" if "prediction_type" in scheduler else "it says nothing"
     values = diffusers_config.unet(unet, folder / "unet/config.json")
     text = read_json(folder / "text_encoder/config.json")
-    tensors = [tensor for part in FOLDERS for tensor in weights(folder, part).values()]
-    used = [tensor for tensor in tensors if not NOT_WEIGHTS.search(tensor.name)]  # type: ignore[attr-defined]
+    stored = [named for part in FOLDERS for named in weights(folder, part).items()]
+    used = [tensor for name, tensor in stored if not NOT_WEIGHTS.search(name)]
     width, channels = values["context_width"], values["in_channels"]
     name = FAMILIES[width].name if width in FAMILIES else "a model of Stable Diffusion's kind"
     return Description(
@@ -77,7 +77,7 @@ def describe(folder: Path) -> Description:
         has_ema=False,
         formats=total_bytes(used),
         tensors=len(used),
-        left_over=len(tensors) - len(used),
+        left_over=len(stored) - len(used),
     )
 
 
@@ -207,7 +207,7 @@ def assemble(folder: Path, config: "ModelConfig", shapes: Shapes) -> Parts:
         names: dict[str, tuple[str, ...]] = {ours: (ours,) for ours in shapes[part]}
         if part == "text":
             prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""
-            hf = keys.text_to_hf(config.text)  # type: ignore[arg-type]
+            hf = keys.text_to_hf(config.text)  # type: ignore[arg-type]  # this layout has CLIP
             names = {ours: tuple(prefix + name for name in theirs) for ours, theirs in hf.items()}
         elif part == "autoencoder":
             names = {ours: (_name_of_its_time(ours, tensors),) for ours in shapes[part]}

@@ -70,5 +70,5 @@ def restore_buffer(network: nn.Module, name: str, device: torch.device | str) ->
     """Compute a constant that is not stored in files: the causal mask of the text transformer."""
     assert name == "tower.attn_mask", name
     tower = network.get_submodule("tower")
-    length = tower.attn_mask.shape[0]  # type: ignore[index]
-    tower.attn_mask = torch.full((length, length), float("-inf"), device=device).triu(1)  # type: ignore[arg-type]
+    length = tower.attn_mask.shape[0]  # type: ignore[index]  # a buffer, by the assertion
+    tower.attn_mask = torch.full((length, length), float("-inf"), device=device).triu(1)  # type: ignore[arg-type]  # modules take tensors

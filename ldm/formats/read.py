@@ -12,6 +12,7 @@ from ldm.errors import ModelError, SettingError
 from ldm.formats import diffusers_folder, single_file
 from ldm.formats.describe import BUNDLE_CONFIG, BUNDLE_PARTS, describe, layout
 from ldm.formats.evidence import Description, Prediction, square, usual_side
+from ldm.formats.pieces import read_weights, weight_files
 from ldm.formats.single_file import Parts, Shapes
 from ldm.formats.tensors import StoredTensor, read_header, refuse_difference
 from ldm.models.autoencoder import AutoencoderConfig
@@ -92,10 +93,11 @@ def _open_bundle(folder: Path) -> OpenModel:
     shapes = _shapes(folder, config, said.tensors)
     parts: dict[str, dict[str, StoredTensor]] = {}
     for part in BUNDLE_PARTS:
-        file = read_header(folder / f"{part}.safetensors")
-        found = {name: tensor.shape for name, tensor in file.tensors.items()}
-        refuse_difference(str(file.path), shapes[part], found, BUNDLE_CONFIG, "use the files of one model")
-        parts[part] = dict(file.tensors)
+        tensors = read_weights(folder, part)
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        where = str(weight_files(folder, part)[0])
+        refuse_difference(where, shapes[part], found, BUNDLE_CONFIG, "use the files of one model")
+        parts[part] = dict(tensors)
     return OpenModel(said, config, parts)
 
 
@@ -133,7 +135,7 @@ def _shapes(path: Path, config: ModelConfig, tensors: int) -> Shapes:
     with torch.device("meta"):
         networks = dict(zip(BUNDLE_PARTS, build(config), strict=True))
     return {
-        part: {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}  # type: ignore[attr-defined]
+        part: {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}  # type: ignore[attr-defined]  # build makes modules
         for part, network in networks.items()
     }
 

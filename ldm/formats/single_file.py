@@ -228,10 +228,10 @@ def stored_shape(ours: str, shape: tuple[int, ...], pieces: int, found: StoredTe
 def file_names(config: "ModelConfig", text: str, ema: bool = False) -> dict[str, dict[str, tuple[str, ...]]]:
     """Our parts → our names → the names in a file whose text tower's names start with `text`."""
     unet = keys.unet_to_compvis(config.unet)
-    autoencoder = keys.autoencoder_to_compvis(config.autoencoder)  # type: ignore[arg-type]
+    autoencoder = keys.autoencoder_to_compvis(config.autoencoder)  # type: ignore[arg-type]  # this layout has KL and CLIP
     return {
         "autoencoder": {ours: (keys.AUTOENCODER + theirs,) for ours, theirs in autoencoder.items()},
-        "text": text_names(config.text, text),  # type: ignore[arg-type]
+        "text": text_names(config.text, text),  # type: ignore[arg-type]  # this layout has KL and CLIP
         "unet": {ours: (keys.ema_name(theirs) if ema else keys.UNET + theirs,) for ours, theirs in unet.items()},
     }
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import MachineError, ModelError, SettingError
+from ldm.files import appearing
 from ldm.formats.fill import not_finite
 from ldm.formats.tensors import FLOATS, SIZES, StoredTensor
 
@@ -69,39 +70,16 @@ def whole_or_absent(destination: Path, size: int) -> Iterator[Path]:
     """
     if os.path.lexists(destination):
         raise SettingError(f"{destination}: exists and is never overwritten; choose another name")
-    temporary = destination.with_name(f".{destination.name}.tmp")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
         free = shutil.disk_usage(destination.parent).free
         if free < size:
             raise MachineError(f"{destination}: {size} bytes do not fit on the disk, {free} are free; make room there")
-        yield temporary
-        flush(temporary)
-        os.rename(temporary, destination)
+        with appearing(destination) as temporary:
+            yield temporary
     except OSError as error:
         reason = error.strerror or error
         raise MachineError(f"{destination}: cannot be written ({reason}); check its folder and the disk") from None
-    finally:
-        remove(temporary)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder of ours, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Ask the operating system to put a file, or a folder with all in it, on the disk."""
-    for inner in (path, *path.rglob("*")):
-        descriptor = os.open(inner, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def written_dtype(stored: StoredTensor, dtype: str | None) -> str:

@@ -4,11 +4,12 @@ Losses are sums over an image divided by the number of its values, so that `kl_w
 reference implementation (1e-6, relative to sums), whatever the image's size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -177,21 +178,38 @@ def crops(pictures: Pictures, config: AutoencoderTraining, seed: int) -> Batches
     def batches(start: int) -> Iterator[Batch]:
         for chosen in pictures(start):
             seeds = [key(seed, chosen.step, f"crop {chosen.first + i}") for i in range(len(chosen))]
-            images = torch.stack([crop(image, config, own) for image, own in zip(chosen.images, seeds, strict=True)])
+            images = cropped(chosen.images, config, seeds)
             yield Batch((images.contiguous(memory_format=torch.channels_last),), keys=chosen.keys)
 
     return batches
 
 
-def crop(image: Float[Tensor, "3 h w"], config: AutoencoderTraining, seed: int) -> Float[Tensor, "3 crop crop"]:
-    """One random crop of a square picture: of `config.crop_candidates`, the one with most contrast."""
-    rng = np.random.default_rng(seed)
-    side = int(rng.choice(config.sides))
-    if image.shape[1:] != (side, side):
-        image = F.interpolate(image[None], size=(side, side), mode="area")[0]
-    corners = rng.integers(0, side - config.crop + 1, (config.crop_candidates, 2)).tolist()
-    candidates = [image[:, top : top + config.crop, left : left + config.crop] for top, left in corners]
-    return max(candidates, key=lambda candidate: float(candidate.std()))
+def cropped(
+    images: Float[Tensor, "b 3 h w"], config: AutoencoderTraining, seeds: Sequence[int]
+) -> Float[Tensor, "b 3 crop crop"]:
+    """One random crop of each square picture: of `config.crop_candidates`, the one with most contrast.
+
+    Where to crop is decided on the CPU and nothing is read back, so that pictures on a GPU stay there.
+    """
+    rngs, size = [np.random.default_rng(own) for own in seeds], config.crop
+    sides = np.array([rng.choice(config.sides) for rng in rngs])
+    found = [
+        rng.integers(0, side - size + 1, (config.crop_candidates, 2)) for rng, side in zip(rngs, sides, strict=True)
+    ]
+    corners, made = torch.from_numpy(np.stack(found)), images.new_empty(len(images), images.shape[1], size, size)
+    for side in set(sides.tolist()):
+        rows = torch.from_numpy(np.flatnonzero(sides == side))
+        places = (corners[rows][..., None] + torch.arange(size)).to(images.device)  # n candidates (top, left) size
+        rows = rows.to(images.device)
+        shrunk = images[rows]
+        if shrunk.shape[2:] != (side, side):
+            shrunk = F.interpolate(shrunk, size=(side, side), mode="area")
+        each = torch.arange(len(rows), device=images.device)
+        tops, lefts = places[:, :, 0, :, None], places[:, :, 1, None, :]
+        candidates = shrunk[each[:, None, None, None], :, tops, lefts]
+        best = rearrange(candidates, "n k h w c -> n k (h w c)").std(dim=2).argmax(dim=1)
+        made[rows] = rearrange(candidates[each, best], "n h w c -> n c h w")
+    return made
 
 
 @torch.no_grad()

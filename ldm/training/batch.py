@@ -7,12 +7,15 @@ whatever the number of processes and however a process divides its share.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.noise import key
+
 T = TypeVar("T")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -36,29 +39,35 @@ class Batch:
         return Batch(rows, shared, self.keys)
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """Randomness of one training step, a function of (seed, step) alone."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+def step_generator(seed: int, step: int, device: torch.device = CPU) -> torch.Generator:
+    """Randomness of one training step, a function of (seed, step) and the kind of device alone."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 class Draws:
-    """The random numbers of one step, on the CPU; `part` gives those of some samples of the global batch.
+    """The random numbers of one step; `part` gives those of some samples of the global batch.
 
-    Every part sees the same sequence of draws of the whole batch and takes its rows; each is drawn once.
+    What is one number a sample is drawn for the whole batch, once, and every part takes its rows. Noise is large: each
+    sample has a generator of its own, and a process draws for its own samples only. A GPU, for which a CPU is too slow,
+    draws the noise of the whole batch by itself: other numbers, as much a function of (seed, step).
     """
 
-    def __init__(self, seed: int, step: int, total: int) -> None:
+    def __init__(self, seed: int, step: int, total: int, device: torch.device = CPU) -> None:
         self.step = step
+        self._seed = seed
         self._total = total
         self._rows = slice(0, total)
         self._generator = step_generator(seed, step)
-        self._tape: list[object] = []
+        self._tape: list[Any] = []
         self._at = 0
+        self._own: list[torch.Generator] = []
+        self._device = device
+        self._large = step_generator(seed, step, device) if device.type != "cpu" else self._generator
 
     def part(self, rows: slice) -> "Draws":
         """The draws of the samples `rows` of the global batch, from the first draw on."""
         other = copy.copy(self)
-        other._rows, other._at = rows, 0
+        other._rows, other._at, other._own = rows, 0, []
         return other
 
     def whole(self, draw: Callable[[torch.Generator], T]) -> T:
@@ -66,11 +75,20 @@ class Draws:
         if self._at == len(self._tape):
             self._tape.append(draw(self._generator))
         self._at += 1
-        return self._tape[self._at - 1]  # type: ignore[return-value]
+        drawn: T = self._tape[self._at - 1]
+        return drawn
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers, `shape` for each sample of this part."""
-        return self.whole(lambda g: torch.randn((self._total, *shape), generator=g))[self._rows]
+        """Standard normal numbers, `shape` for each sample of this part, on the device of the step."""
+        if self._large is not self._generator:
+            return self.whole(lambda _: self._noise(shape))[self._rows]
+        if not self._own:
+            rows = range(*self._rows.indices(self._total))
+            self._own = [torch.Generator().manual_seed(key(self._seed, self.step, f"sample {row}")) for row in rows]
+        return torch.stack([torch.randn(shape, generator=own) for own in self._own])
+
+    def _noise(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn((self._total, *shape), generator=self._large, device=self._device)
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), `shape` for each sample of this part."""

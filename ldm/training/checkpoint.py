@@ -4,9 +4,12 @@ A folder is written under a temporary name on the same file system, flushed, and
 removed. `MANIFEST.json` holds the sha256 of every file, and the loader takes the newest folder that verifies.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +21,14 @@ from torch import Tensor
 
 from ldm.cli import warn
 from ldm.errors import MachineError, ModelError
-from ldm.formats.export_bundle import sha256
+from ldm.files import appearing, remove, save_text, sha256, sync
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 LATEST, BEST = "latest", "best"
 """Files beside the checkpoints, each with the name of one of them; `latest` is for people, nothing here reads it."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+TRIES, SECONDS_BETWEEN = 6, 60.0  # where the disk is full: somebody may make room
 
 
 @dataclass(frozen=True)
@@ -33,15 +38,6 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     numbers: dict[str, Any]
-
-
-def flush(path: Path) -> None:
-    """Ask the operating system to put a file or folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: Path) -> None:
@@ -71,23 +67,23 @@ def verify_manifest(folder: Path) -> str | None:
 def save(root: Path, checkpoint: Checkpoint, keep: int = 2, best: bool = False) -> Path:
     """Write `checkpoint` as `root/step_XXXXXXXX`, whole or not at all, then remove all but the newest `keep`.
 
-    The one that was last called `best` stays too. Raises MachineError where there is no room for it.
+    The one that was last called `best` stays too. Waits for room on a full disk, some minutes; raises MachineError
+    where there is none then, or where the disk refuses for another reason.
     """
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(".tmp-*"):
-        shutil.rmtree(stale)
+    for stale in root.glob(".step_*.tmp"):
+        remove(stale)
     final = root / f"step_{checkpoint.step:08d}"
-    temporary = root / f".tmp-{final.name}"
-    try:
-        _write(temporary, checkpoint)
-        if final.exists():  # only where it did not verify: a run never saves a step twice
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        flush(root)
-    except OSError as error:
-        raise MachineError(f"{final}: cannot be written ({error.strerror}); free space and run again") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    for left in reversed(range(TRIES)):
+        try:
+            _write(final, checkpoint)
+            break
+        except OSError as error:
+            if error.errno not in FULL or not left:
+                raise MachineError(f"{final}: cannot be written ({error.strerror}); free space and run again") from None
+            words = f"{error.strerror}; make room: it is tried again in {SECONDS_BETWEEN:g} s, {left} times more"
+            warn(f"{final}: {words}")
+            time.sleep(SECONDS_BETWEEN)
     save_text(root / LATEST, f"{final.name}\n")
     if best:
         save_text(root / BEST, f"{final.name}\n")
@@ -95,16 +91,16 @@ def save(root: Path, checkpoint: Checkpoint, keep: int = 2, best: bool = False) 
     return final
 
 
-def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    """Everything of a checkpoint, on the disk."""
-    folder.mkdir()
-    for name, tensors in checkpoint.tensors.items():
-        write_tensors(folder / f"{name}.safetensors", tensors)
-    (folder / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.numbers}, indent=2) + "\n")
-    write_manifest(folder)
-    for path in folder.iterdir():
-        flush(path)
-    flush(folder)
+def _write(final: Path, checkpoint: Checkpoint) -> None:
+    """Everything of a checkpoint, and its name, on the disk."""
+    with appearing(final) as folder:
+        folder.mkdir()
+        for name, tensors in checkpoint.tensors.items():
+            write_tensors(folder / f"{name}.safetensors", tensors)
+        (folder / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.numbers}, indent=2) + "\n")
+        write_manifest(folder)
+        remove(final)  # there only where it did not verify: a run never saves a step twice
+    sync(final.parent)
 
 
 def _prune(root: Path, keep: int) -> None:
@@ -159,33 +155,22 @@ def check_space(folder: Path, needed: int) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with appearing(path) as temporary:
         write_tensors(temporary, tensors, metadata)
-        flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write one text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file of contiguous copies on the CPU. Raises MachineError where it cannot be written."""
+    """A safetensors file of contiguous copies on the CPU. Raises OSError where it cannot be written."""
     try:
         save_file(
             {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
             path,
             dict(metadata) if metadata else None,
         )
-    except SafetensorError as error:
-        raise MachineError(f"{path}: cannot be written ({error}); free space on the disk and run again") from None
+    except SafetensorError as error:  # which has the system's error in words only
+        number = re.search(r"os error ([0-9]+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

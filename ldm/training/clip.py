@@ -1,6 +1,7 @@
 """CLIP's objective: an image and its caption are closer than any other pair of the batch, over all processes."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -16,6 +17,8 @@ from ldm.training.optimization import OptimizationConfig
 from ldm.training.source import Pictures
 from ldm.training.update import Losses, Objective
 from ldm.training.workers import rows_of_all, summed, workers
+
+REMEMBERED = 2**17  # captions
 
 
 class ClipTraining(OptimizationConfig):
@@ -118,11 +121,13 @@ def clip_losses(config: ClipTraining) -> Objective:
 
 def pairs(pictures: Pictures, clip: Clip) -> Batches:
     """Batches of images and token ids; shared by them, ids of the "negative" captions of samples that have one."""
+    # Captions come again; taking one apart takes longer than a GPU's share of a step.
+    known = lru_cache(REMEMBERED)(lambda caption: clip.text.tokenize([caption])[0])
 
     def batches(start: int) -> Iterator[Batch]:
         for chosen in pictures(start):
             negatives = [str(facts["negative"]) for facts in chosen.facts if "negative" in facts]
-            ids = clip.text.tokenize([*chosen.captions, *negatives])
+            ids = torch.stack([known(caption) for caption in (*chosen.captions, *negatives)])
             yield Batch((chosen.images, ids[: len(chosen)]), (ids[len(chosen) :],), chosen.keys)
 
     return batches

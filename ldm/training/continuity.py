@@ -6,7 +6,7 @@ import json
 from ldm import config
 from ldm.cli import warn
 from ldm.errors import ModelError, SettingError
-from ldm.training.checkpoint import save_text
+from ldm.files import save_text
 from ldm.training.recipe import Recipe
 from ldm.training.run import Run, network_digest
 from ldm.training.workers import workers
@@ -16,7 +16,7 @@ RECIPE, BASE = "recipe.yaml", "base.json"
 # the run another one than its name says.
 FREE = (
     *("sample_prompts", "sample_every", "micro_batch_size", "compile", "gradient_checkpointing", "strategy"),
-    *("save_every", "keep", "keep_best", "learning_rate", "steps", "workers", "timeout_s", "index"),
+    *("save_every", "keep", "keep_best", "learning_rate", "steps", "workers", "timeout_s", "index", "resident"),
 )
 
 

@@ -58,13 +58,13 @@ class Inversion(Conditioned):
         _, begin, *rest = text.tokenize([config.begin])[0].tolist()
         if rest[0] != text.config.vocabulary - 1:
             raise SettingError(f"inversion_training.begin: {config.begin!r} is several tokens; use a word that is one")
-        text.tower.token_embedding = OneMoreWord(text.tower.token_embedding, begin)
+        text.tower.set_submodule("token_embedding", OneMoreWord(text.tower.token_embedding, begin))
         self.prompts = torch.stack([self._ids(template, config.begin, begin) for template in config.templates])
 
     @property
     def vector(self) -> Float[Tensor, " d"]:
         """The new word's."""
-        return self.text.tower.token_embedding.vector.detach()
+        return self.text.get_parameter("tower.token_embedding.vector").detach()
 
     def _ids(self, template: str, word: str, begin: int) -> Int[Tensor, " l"]:
         """Token ids of a template with the new word in it, which is put where the begun one was."""

@@ -1,22 +1,22 @@
 """Latents and text states are computed once, kept on disk, and read by position."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.images import to_tensor
+from ldm.data.pictures import PictureBatch
+from ldm.files import save_text
 from ldm.models.autoencoder import Autoencoder
-from ldm.training.checkpoint import load_tensors, save_tensors, save_text
+from ldm.training.checkpoint import load_tensors, save_tensors
 from ldm.training.conditioned import Condition
 
-Samples = Iterator[tuple[Image.Image, str, dict[str, object]]]
+TENSORS = ("mean", "std", "conditions", "caption")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -34,41 +34,50 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.mean)
 
+    def to(self, device: torch.device) -> "LatentCache":
+        """The same on a device: no batch is copied there then."""
+        return LatentCache(*(getattr(self, name).to(device) for name in TENSORS))
+
+
+def joined(parts: Sequence[LatentCache]) -> LatentCache:
+    """The pictures of several caches in one."""
+    known = [len(part.conditions) - 1 for part in parts]
+    first = [sum(known[:index]) for index in range(len(parts))]
+    return LatentCache(
+        torch.cat([part.mean for part in parts]),
+        torch.cat([part.std for part in parts]),
+        torch.cat([*(part.conditions[:-1] for part in parts), parts[-1].conditions[-1:]]),
+        torch.cat([part.caption + before for part, before in zip(parts, first, strict=True)]),
+    )
+
 
 @torch.inference_mode()
 def encode(
-    samples: Samples, count: int, side: int, autoencoder: Autoencoder, condition: Condition, bf16: bool, batch: int = 32
+    batches: Iterator[PictureBatch], count: int, autoencoder: Autoencoder, condition: Condition, bf16: bool
 ) -> Iterator[int | LatentCache]:
-    """Encode `count` pictures at `side`×`side`; yields how many are done, and last the cache."""
-    means, stds, indices = [], [], []
+    """Encode `count` pictures where the autoencoder is; yields how many are done, and last the cache, on the CPU."""
+    assert isinstance(autoencoder, nn.Module)
+    device = next((parameter.device for parameter in autoencoder.parameters()), CPU)
+    means, stds, indices = [], [], list[int]()
     captions: dict[str, int] = {}
-    done = 0
-    while done < count:
-        chunk = list(islice(samples, min(batch, count - done)))
-        if not chunk:
-            break
-        images = torch.stack([to_tensor(resized(image, side)) for image, _, _ in chunk])
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            posterior = autoencoder.encode(images.contiguous(memory_format=torch.channels_last))
-        means.append(posterior.mean.half().contiguous())
-        stds.append(posterior.std.half().contiguous())
-        indices += [captions.setdefault(caption, len(captions)) for _, caption, _ in chunk]
-        done += len(chunk)
-        yield done
+    while len(indices) < count:
+        chosen, left = next(batches), count - len(indices)
+        images = chosen.images[:left].to(device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            posterior = autoencoder.encode(images)
+        means.append(posterior.mean.half().contiguous().cpu())
+        stds.append(posterior.std.half().contiguous().cpu())
+        indices += [captions.setdefault(caption, len(captions)) for caption in chosen.captions[:left]]
+        yield len(indices)
     known = [*captions, ""]
-    conditions = [condition(known[i : i + 256]) for i in range(0, len(known), 256)]
+    conditions = [condition(known[i : i + 256]).cpu() for i in range(0, len(known), 256)]
     yield LatentCache(torch.cat(means), torch.cat(stds), torch.cat(conditions), torch.tensor(indices))
-
-
-def resized(image: Image.Image, side: int) -> Image.Image:
-    """A square picture at another side, by area averaging."""
-    return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BOX)
 
 
 def save(path: Path, cache: LatentCache, about: dict[str, object]) -> None:
     """Write a cache, whole or not at all, with what it was made from beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, {name: getattr(cache, name) for name in ("mean", "std", "conditions", "caption")})
+    save_tensors(path, {name: getattr(cache, name) for name in TENSORS})
     save_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
 

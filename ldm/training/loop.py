@@ -84,7 +84,7 @@ def train(
         torch.manual_seed(key(seed, step, f"rank {me.rank}"))  # for what draws by itself: dropout
         batch = next(source).to(me.device)
         buffers = [buffer.clone() for buffer in learner.module.buffers()]
-        values = update.gradients(batch, Draws(seed, step, config.batch_size))
+        values = update.gradients(batch, Draws(seed, step, config.batch_size, me.device))
         norm, rate = update.clip(), learning_rate(step, config)
         scalars, signal = heard(values, me, conduct)
         if math.isfinite(norm) and math.isfinite(scalars["loss"]):

@@ -37,6 +37,8 @@ class OptimizationConfig(Config):
     gradient_checkpointing: bool = False
     # Several processes: ddp holds everything in each; fsdp splits weights, gradients, optimiser state and averages.
     strategy: Literal["ddp", "fsdp"] = "ddp"
+    # Share of the data's second set (`data.mix`) in this stage, instead of its own.
+    mix_share: float | None = Field(None, ge=0, le=1)
     save_every: PositiveInt = 500
     keep: PositiveInt = 2
     # Also keep the checkpoint whose steps since the one before had the lowest mean loss.

@@ -21,6 +21,7 @@ from ldm.training.workers import Workers
 
 BLOCKS = (ResBlock, SpatialTransformer)
 """What is recomputed, and what is gathered at a time: blocks that hold much and whose inputs are few."""
+VERSIONS = 64  # of a compiled network, one for each bucket
 
 
 def placed(module: nn.Module, config: OptimizationConfig, me: Workers) -> nn.Module:
@@ -80,7 +81,9 @@ def compiled(module: nn.Module) -> nn.Module:
     if not torch.cuda.is_available() and shutil.which("g++") is None:
         warn("compile: no C++ compiler (g++) found; training runs uncompiled, which takes longer")
         return module
-    return torch.compile(module, dynamic=False)  # type: ignore[return-value]
+    # One version for each size of picture; beyond this number, eight unless said, it would run uncompiled.
+    torch._dynamo.config.recompile_limit = VERSIONS
+    return torch.compile(module, dynamic=False)  # type: ignore[return-value]  # a module stays one
 
 
 def without_exchange(module: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -38,7 +38,7 @@ class Lpips(nn.Module):
             for width in widths:
                 convolution = nn.Conv2d(before, width, 3, padding=1)
                 convolution.weight.data.copy_(weights[f"features.{index}.weight"])
-                convolution.bias.data.copy_(weights[f"features.{index}.bias"])  # type: ignore[union-attr]
+                convolution.bias.data.copy_(weights[f"features.{index}.bias"])  # type: ignore[union-attr]  # made with a bias
                 group += [convolution, nn.ReLU()]
                 index, before = index + 2, width
             index += 1

@@ -3,7 +3,7 @@
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from ldm.config import Config
-from ldm.models.clip import ClipConfig
+from ldm.models.clip import ClipConfig, TowersConfig
 from ldm.models.model_config import ModelConfig
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.clip import ClipTraining
@@ -26,6 +26,9 @@ class Recipe(Config):
     clip: ClipConfig | None = None
     autoencoder_training: AutoencoderTraining | None = None
     clip_training: ClipTraining | None = None
+    # A second CLIP that judges the model; it is no part of it.
+    evaluator: TowersConfig | None = None
+    evaluator_training: ClipTraining | None = None
     unet_training: tuple[UNetTraining, ...] = ()
     # The UNet begins as that of `--base`, whose shape it has, instead of anew.
     fine_tune: bool = False
@@ -39,4 +42,6 @@ class Recipe(Config):
         trained = (self.autoencoder_training, self.clip_training, self.lora_training, self.inversion_training)
         if not any((*trained, *self.unet_training)):
             raise ValueError("nothing is trained: give a section such as unet_training")
+        if (self.evaluator is None) != (self.evaluator_training is None):
+            raise ValueError("evaluator and evaluator_training come together")
         return self

@@ -12,7 +12,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from ldm.cli import warn
 from ldm.errors import SettingError
-from ldm.training.checkpoint import save_text
+from ldm.files import save_text
 from ldm.training.loop import Report
 from ldm.training.workers import Workers
 

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,6 @@ from ldm.models.model_config import ModelConfig, build
 from ldm.nn.layers import channels_last
 from ldm.training import source
 from ldm.training.checkpoint import load_tensors
-from ldm.training.latents import Samples
 from ldm.training.loop import Conduct
 from ldm.training.recipe import Recipe
 from ldm.training.source import Pictures
@@ -32,8 +30,6 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    # One endless pass over captioned pictures, for what is computed once: latents and statistics.
-    samples: Callable[[int], Samples]
     base: Bundle | None = None
     conduct: Conduct = field(default_factory=Conduct)
 
@@ -45,6 +41,19 @@ class Run:
         if self.base is None:
             raise SettingError("--base: this recipe has no model of its own; name the model that is trained on")
         return self.base.config
+
+    def mixing(self, share: float | None) -> "Run":
+        """The same run, in which the data's second set has this share; with None its own."""
+        mix = self.recipe.data.mix
+        if mix is None or share is None:
+            return self
+        data = self.recipe.data.model_copy(update={"mix": mix.model_copy(update={"share": share})})
+        return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
+
+    def square(self) -> "Run":
+        """The same run without buckets: for networks that learn from pictures of one size."""
+        data = self.recipe.data.model_copy(update={"buckets": None})
+        return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
 
     def product(self, name: str) -> Path:
         """Where a finished stage leaves its tensors."""
@@ -65,9 +74,9 @@ class Run:
         """Where the states of a stage are saved."""
         return self.folder / "checkpoints" / stage
 
-    def pictures(self, batch_size: int, side: int, seed: int) -> Pictures:
-        """Batches of the recipe's pictures, by position."""
-        return source.pictures(self.recipe.data, batch_size, side, seed)
+    def pictures(self, batch_size: int, side: int, seed: int, alone: bool = False) -> Pictures:
+        """Batches of the recipe's pictures, by position; whole ones for a process that is `alone` in what it does."""
+        return source.pictures(self.recipe.data, batch_size, side, seed, alone)
 
 
 def digest(value: object) -> str:

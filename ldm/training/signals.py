@@ -1,4 +1,7 @@
-"""A request to stop becomes a saved state: SIGTERM, SIGUSR1 and Ctrl-C are noted, and the loop ends after its step."""
+"""A request to stop becomes a saved state: SIGTERM, SIGUSR1, Ctrl-C and the end of a time limit are noted.
+
+The loop ends after the step that is under way.
+"""
 
 import os
 import signal
@@ -6,17 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
 EXIT_SAVED = 75
 """The exit code of a run that was told to stop and can go on: EX_TEMPFAIL of sysexits.h."""
 EXIT_INTERRUPTED = 130
 
 
 class Stopped(Exception):
-    """The run ends because a signal asked for it; its state is saved."""
+    """The run ends because a signal asked for it, or its time is up; its state is saved."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__("--minutes" if number == signal.SIGALRM else signal.Signals(number).name)
         self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_SAVED
 
 
@@ -43,12 +46,14 @@ class StopRequest:
 
 
 @contextmanager
-def caught() -> Iterator[StopRequest]:
-    """Note the signals that mean stop, instead of dying of them, until the block ends."""
+def caught(minutes: float | None = None) -> Iterator[StopRequest]:
+    """Note the signals that mean stop, instead of dying of them, until the block ends; one comes after `minutes`."""
     request = StopRequest()
     before = {number: signal.signal(number, request.note) for number in CAUGHT}
+    signal.setitimer(signal.ITIMER_REAL, 60.0 * minutes if minutes else 0.0)
     try:
         yield request
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         for number, handler in before.items():
             signal.signal(number, handler)

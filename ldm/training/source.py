@@ -1,6 +1,7 @@
 """Captioned pictures by position: batch `step` holds the same pictures in the same order whoever reads it, and when."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,21 +10,22 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from ldm.config import Config
+from ldm.data.buckets import BucketConfig, bucket_sizes
 from ldm.data.captions import CaptionConfig
-from ldm.data.digits import endless, load
+from ldm.data.digits import load
 from ldm.data.indexed import IndexedShards
 from ldm.data.latents import LatentShards, MadeFrom
 from ldm.data.order import Plan
 from ldm.data.pictures import PictureBatch
-from ldm.data.settings import LatentsConfig, PicturesConfig
-from ldm.data.shards import find_shards, read_samples
+from ldm.data.resident import ResidentShards
+from ldm.data.settings import LatentsConfig, MixConfig, PicturesConfig
+from ldm.data.shards import find_shards
 from ldm.data.streaming import StreamedShards
 from ldm.data.transforms import PictureConfig
-from ldm.images import to_image, to_tensor
-from ldm.training.latents import Samples
-from ldm.training.workers import workers
+from ldm.errors import SettingError
+from ldm.images import to_tensor
+from ldm.training.workers import Workers, workers
 
-STREAMED_SIDE = 512
 Pictures = Callable[[int], Iterator[PictureBatch]]
 """This process's parts of the global batches from a step on, without end."""
 
@@ -40,6 +42,14 @@ class DataConfig(Config):
     workers: NonNegativeInt = 0
     crop: Literal["centre", "random"] = "centre"
     mirror: float = Field(0.0, ge=0, le=1)
+    # Probability that a picture on plain white gets a coloured ground, which its caption then names.
+    grounds: float = Field(0.0, ge=0, le=1)
+    # A second set of shards with a share of the samples; a stage may have a share of its own (`mix_share`).
+    mix: MixConfig | None = None
+    # Sizes by aspect, for what trains the UNet; the autoencoder and CLIP learn from squares.
+    buckets: BucketConfig | None = None
+    # All pictures are decoded at the start and kept as bytes on the device that trains: for sets that fit there.
+    resident: bool = False
     captions: CaptionConfig = CaptionConfig()
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     timeout_s: PositiveFloat = 120.0
@@ -49,33 +59,58 @@ class DataConfig(Config):
     def _one_source(self) -> "DataConfig":
         if (self.shards is None) == (self.digits is None):
             raise ValueError("give either shards or digits")
+        if self.shards is None and (self.mix is not None or self.resident or self.buckets is not None):
+            raise ValueError("mix, resident and buckets are for shards")
         return self
 
 
-def samples(data: DataConfig, seed: int) -> Samples:
-    """Captioned pictures one by one, without end and in this process alone: for what is computed once."""
+def require(data: DataConfig) -> None:
+    """Raise DataError or SettingError where the pictures are not there, before one is read."""
     if data.digits is not None:
-        return endless(data.digits, seed)
-    assert data.shards is not None
-    if data.mode == "indexed":
-        return read_samples(find_shards(data.shards), seed=seed, shuffle=True, epochs=None)
-    streamed = StreamedShards(settings(data, 1, STREAMED_SIDE, abs(seed)))
-    return ((to_image(one.images[0]), one.captions[0], one.facts[0]) for one in streamed.batches())
+        load(data.digits)
+    elif data.mode == "streaming":
+        StreamedShards(settings(data.model_copy(update={"buckets": None}), 1, 64, 0))
+    else:
+        for pattern in (data.shards, data.mix.shards if data.mix is not None else None):
+            if pattern is not None:
+                find_shards(pattern)
 
 
-def pictures(data: DataConfig, batch_size: int, side: int, seed: int) -> Pictures:
-    """Batches of the recipe's pictures, `side` pixels square (digits: as they are)."""
-    if data.digits is not None:
-        return digits(data.digits, batch_size, seed)
-    return shards(data, batch_size, side, seed)
-
-
-def shards(data: DataConfig, batch_size: int, side: int, seed: int) -> Pictures:
-    """Batches from WebDataset shards, indexed or streamed as the recipe says."""
+def pictures(data: DataConfig, batch_size: int, side: int, seed: int, alone: bool = False) -> Pictures:
+    """Batches of the recipe's pictures, `side` pixels square (digits: as they are); whole ones where one is `alone`."""
     me = workers()
+    me = replace(me, rank=0, world=1) if alone else me
+    if data.digits is not None:
+        return digits(data.digits, batch_size, seed, me)
+    return shards(data, batch_size, side, seed, me)
+
+
+def shards(data: DataConfig, batch_size: int, side: int, seed: int, me: Workers) -> Pictures:
+    """Batches from WebDataset shards: resident, indexed or streamed as the recipe says."""
     config = settings(data, batch_size, side, seed)
-    source = IndexedShards(config) if data.mode == "indexed" else StreamedShards(config)
+    source: ResidentShards | IndexedShards | StreamedShards
+    if data.resident:
+        source = ResidentShards(config, me.device, data.workers)
+    else:
+        source = IndexedShards(config) if data.mode == "indexed" else StreamedShards(config)
     return lambda start: source.batches(start, me.rank, me.world, data.workers)
+
+
+def check(data: DataConfig, batch_size: int, side: int, factor: int = 1) -> None:
+    """Say now what would stop a stage that reads pictures: too few shards for its readers, sizes that do not fit.
+
+    Sides are to be multiples of `factor`. Raises SettingError and DataError.
+    """
+    if data.mode == "streaming":
+        pictures(data, batch_size, side, 0)(0)
+    if data.buckets is None:
+        return
+    bucket_sizes(side, data.buckets)
+    if data.buckets.step % factor:
+        raise SettingError(
+            f"data.buckets.step: got {data.buckets.step}, expected a multiple of {factor}, which this model's sides "
+            f"are; use {-(-data.buckets.step // factor) * factor}"
+        )
 
 
 def settings(data: DataConfig, batch_size: int, side: int, seed: int) -> PicturesConfig:
@@ -89,13 +124,15 @@ def settings(data: DataConfig, batch_size: int, side: int, seed: int) -> Picture
         max_bad_fraction=data.max_bad_fraction,
         timeout_s=data.timeout_s,
         index=data.index,
-        pictures=PictureConfig(side=side, crop=data.crop, mirror=data.mirror),
+        pictures=PictureConfig(side=side, crop=data.crop, mirror=data.mirror, grounds=data.grounds),
         captions=data.captions,
+        buckets=data.buckets,
+        mix=data.mix,
     )
 
 
 def latent_shards(pattern: str, data: DataConfig, batch_size: int, seed: int, made_from: MadeFrom) -> LatentShards:
-    """Latents that were cached from just this autoencoder and text encoder. Raises DataError for others."""
+    """Latents that were cached with just these networks and the recipe's buckets. Raises DataError for others."""
     config = LatentsConfig(
         shards=pattern,
         batch_size=batch_size,
@@ -105,13 +142,13 @@ def latent_shards(pattern: str, data: DataConfig, batch_size: int, seed: int, ma
         index=data.index,
         choice=data.captions.choice,
     )
-    return LatentShards(config, made_from)
+    return LatentShards(config, replace(made_from, buckets=data.buckets.name if data.buckets is not None else ""))
 
 
-def digits(folder: str, batch_size: int, seed: int) -> Pictures:
+def digits(folder: str, batch_size: int, seed: int, me: Workers) -> Pictures:
     """Batches of digits, whose captions are their labels."""
     images, labels = load(folder)
-    plan, me = Plan(len(images), batch_size, seed), workers()
+    plan = Plan(len(images), batch_size, seed)
 
     def batches(start: int) -> Iterator[PictureBatch]:
         step = start

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.bundle import Bundle
 from ldm.data.latents import MadeFrom
 from ldm.errors import SettingError
-from ldm.images import to_tensor
+from ldm.files import save_text
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.models.clip import Clip
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.text import ClipTextConfig, ClipTextEncoder
 from ldm.nn.layers import channels_last
-from ldm.training import latents
+from ldm.training import latents, source
 from ldm.training.adversarial import Adversarial
 from ldm.training.autoencoder import (
     AutoencoderTraining,
@@ -33,7 +33,7 @@ from ldm.training.autoencoder import (
     initialise,
     psnr,
 )
-from ldm.training.checkpoint import load_tensors, save_tensors, save_text
+from ldm.training.checkpoint import load_tensors, save_tensors
 from ldm.training.clip import Contrast, clip_losses, normalise_globally, pairs
 from ldm.training.conditioned import Conditioned, text_states, token_ids
 from ldm.training.diffusion import (
@@ -55,6 +55,8 @@ from ldm.training.workers import workers
 
 STATISTICS_PICTURES = 256
 LOOK_EVERY_SECONDS = 1.0
+ENCODED_AT_ONCE = 32
+PART = 2048  # pictures whose latents are lost at most when encoding is stopped
 
 
 def keep(run: Run, name: str, module: nn.Module) -> None:
@@ -105,8 +107,9 @@ def with_adversary(
 
 def describe(run: Run, autoencoder: KLAutoencoder) -> None:
     """Measure a trained autoencoder on pictures of the data, and write down its config with what was found."""
-    pictures = run.samples(-1)
-    images = torch.stack([to_tensor(next(pictures)[0]) for _ in range(STATISTICS_PICTURES)])
+    data = run.recipe.data.model_copy(update={"resident": False, "workers": 0})
+    pictures = source.pictures(data, STATISTICS_PICTURES, run.model.sampling.width, run.recipe.seed + 1, alone=True)
+    images = next(pictures(0)).images
     fitted, r_squared = fit_statistics(autoencoder, images)
     about = {
         "psnr_db": round(psnr(autoencoder, images[:64]), 2),
@@ -144,27 +147,54 @@ def latents_stage(run: Run, stage: DiffusionTraining, count: int) -> Iterator[in
     """
     bundle, ids = model_so_far(run), trains_text(stage)
     products = [run.product("autoencoder"), *([] if ids else [run.text])]
-    source: dict[str, object] = {path.stem: str(path.stat().st_mtime_ns) for path in products if path.is_file()}
+    made_from: dict[str, object] = {path.stem: str(path.stat().st_mtime_ns) for path in products if path.is_file()}
     if run.base is not None:
-        source["base"] = (network_digest(run.base, "autoencoder"), network_digest(run.base, "text"))
-    of = digest([source, run.recipe.data.model_dump(mode="json"), run.recipe.seed, stage.side, count, ids])
+        made_from["base"] = (network_digest(run.base, "autoencoder"), network_digest(run.base, "text"))
+    of = digest([made_from, run.recipe.data.model_dump(mode="json"), run.recipe.seed, stage.side, count, ids])
     about: dict[str, object] = {"of": of}
     path = run.folder / "latents" / f"{stage.side}.safetensors"
     cache = latents.load(path, about)
     if cache is None and workers().main:
-        condition = token_ids(readable(bundle)) if ids else text_states(bundle.text, torch.float16)
-        samples, bf16 = run.samples(run.recipe.seed), stage.precision == "bf16"
-        for report in latents.encode(samples, count, stage.side, bundle.autoencoder, condition, bf16):
+        parts = []
+        for report in encoded_parts(run, stage, count, bundle, path, about):
             if isinstance(report, LatentCache):
-                cache = report
-                latents.save(path, cache, about)
+                parts.append(report)
             else:
                 yield report
+        cache = latents.joined(parts)
+        latents.save(path, cache, about)
+        for part in path.parent.glob(f"{path.stem}-*"):
+            part.unlink()
     while cache is None:
         time.sleep(LOOK_EVERY_SECONDS)
         yield 0
         cache = latents.load(path, about)
     yield cache
+
+
+def encoded_parts(
+    run: Run, stage: DiffusionTraining, count: int, bundle: Bundle, path: Path, about: dict[str, object]
+) -> Iterator[int | LatentCache]:
+    """The latents in parts of PART pictures, each kept beside `path` once it is there; yields as `encode` does."""
+    device = workers().device
+    for module in (bundle.autoencoder, bundle.text):
+        assert isinstance(module, nn.Module)
+        module.to(device)
+    condition = token_ids(readable(bundle)) if trains_text(stage) else text_states(bundle.text, torch.float16)
+    pictures = run.pictures(ENCODED_AT_ONCE, stage.side, run.recipe.seed, alone=True)
+    for first in range(0, count, PART):
+        kept, of = path.with_stem(f"{path.stem}-{first:08d}"), {**about, "first": first}
+        part = latents.load(kept, of)
+        if part is not None:
+            yield part
+            continue
+        batches, bf16 = pictures(first // ENCODED_AT_ONCE), stage.precision == "bf16"
+        for report in latents.encode(batches, min(PART, count - first), bundle.autoencoder, condition, bf16):
+            if isinstance(report, LatentCache):
+                latents.save(kept, report, of)
+                yield report
+            else:
+                yield first + report
 
 
 def diffusion_batches(
@@ -281,7 +311,7 @@ def averaged(bundle: Bundle, report: Report) -> Bundle | None:
     averages = report.averages()
     if not workers().main:
         return None
-    drawing, trained = copy.deepcopy(bundle), {}
+    drawing, trained = copy.deepcopy(bundle), dict[str, Tensor]()
     for name in ("autoencoder", "text", "unet"):
         module: nn.Module = getattr(drawing, name).to("cpu").eval().requires_grad_(False)
         trained |= {f"{name}.{parameter}": tensor for parameter, tensor in module.named_parameters()}

@@ -154,10 +154,15 @@ def _sharded_as(like: Tensor, value: Tensor) -> Tensor:
 
 
 def _moment(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """A tensor of the optimizer where, and sharded as, its parameter is; the step counter is one number."""
+    """A tensor of the optimizer where, and sharded as, its parameter is; the step counter is one number.
+
+    It also lies in memory as its parameter does: fused AdamW pairs them by place, not by index.
+    """
     value = value.to(parameter.device)
-    if value.shape != parameter.shape or not isinstance(parameter, DTensor):
+    if value.shape != parameter.shape:
         return value
+    if not isinstance(parameter, DTensor):
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 

@@ -1,39 +1,20 @@
 """Wrong input to scripts/train.py, and runs that are stopped, taken up again or held twice: exit codes and lines."""
 
 import fcntl
-import importlib.util
+import itertools
 import json
 import os
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SCRIPTS, Ended, tiny_model
-from test_distributed import samples
+from conftest import Ended, Script, tiny_model
+from test_distributed import DIGITS, samples
 
-from ldm import cli
 from ldm.data.shards import write_shards
-from ldm.training import record, update
-
-DIGITS = """
-name: tiny
-data: {digits: bundled}
-model:
-  autoencoder: {kind: pixels, image_channels: 1}
-  text: {kind: labels, labels: ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"], width: 8}
-  unet: {in_channels: 1, out_channels: 1, channels: 8, multipliers: [1, 2], res_blocks: 1, attention: [false, true],
-    heads: 2, context_width: 8, groups: 4}
-  sampling: {width: 28, height: 28}
-unet_training:
-  - {side: 28, pictures: 40, steps: 4, batch_size: 8, learning_rate: 1e-3, precision: "no", save_every: 2}
-sample_prompts: ["1"]
-sample_every: 100
-"""
-Script = Callable[..., Ended]
+from ldm.training import latents, record, update
 
 
 @pytest.fixture
@@ -41,27 +22,6 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(DIGITS)
     return path
-
-
-@pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
-    """scripts/train.py called inside this process, which spares the seconds of importing torch."""
-    spec = importlib.util.spec_from_file_location("train", SCRIPTS / "train.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "sample", lambda *arguments: None)  # drawing is the pipeline's, and tested there
-
-    def call(*arguments: str | Path) -> Ended:
-        given = [*map(str, arguments), "--report-to", "none"]
-        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "train.py"), *given])
-        with pytest.raises(SystemExit) as caught:
-            cli.run(module.main)
-        printed = capsys.readouterr()
-        return Ended(int(caught.value.code or 0), printed.out, printed.err)
-
-    return call
 
 
 def check(ended: Ended, code: int, *words: str) -> None:
@@ -88,6 +48,7 @@ def check(ended: Ended, code: int, *words: str) -> None:
         ("trian.lr=1", ("trian",)),
         ("unet_training.0.steps", ("section.key=value",)),
         ("=5", ("section.key=value",)),
+        ("unet_training.0.precision=fp8", ("precision",)),
         ("data.digits=nowhere", ("nowhere",)),
     ],
 )
@@ -124,7 +85,19 @@ def test_a_run_taken_up_again_is_the_same_run(train: Script, recipe: Path, tmp_p
     check(train(*flags, "data.crop=random"), 2, "data.crop was centre and is random")
     freely = train(*flags, "unet_training.0.save_every=1")
     assert freely.code == 0 and "unet_training.0.save_every was 2 and is 1 from here on" in freely.err
+    slower = train(*flags, "unet_training.0.learning_rate=5e-4")
+    assert slower.code == 0 and "learning_rate was 0.001 and is 0.0005 from here on" in slower.err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_run_does_not_go_on_with_other_data(train: Script, recipe: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_shards(samples(8), tmp_path / name, 4, "shades")
+    base, run = tiny_model().save(tmp_path / "base"), tmp_path / "run"
+    recipe.write_text(LORA)
+    flags = ("lora", "--config", recipe, "--run-dir", run, "--base", base)
+    assert train(*flags, f"data.shards={tmp_path / 'one'}").code == 0
+    check(train(*flags, f"data.shards={tmp_path / 'two'}"), 2, "data.shards was", "one and is", "two")
 
 
 def test_a_folder_that_another_run_uses_is_refused(train: Script, recipe: Path, tmp_path: Path) -> None:
@@ -194,10 +167,52 @@ def test_an_adaptation_needs_its_base_and_keeps_to_it(train: Script, recipe: Pat
     )
 
 
+def test_a_signal_while_latents_are_made_ends_with_75(
+    train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags, encode = ("unet", "--config", recipe, "--run-dir", tmp_path / "run"), latents.encode
+
+    def signalled(*arguments: Any) -> Any:
+        for report in encode(*arguments):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            yield report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "encode", signalled)
+        assert train(*flags).code == 75
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "saved"
+    assert not (tmp_path / "run" / "log.jsonl").exists() and train(*flags).code == 0
+
+
 def test_a_log_that_cannot_be_written_does_not_end_the_run(train: Script, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
+    (tmp_path / "run" / "status.json").mkdir()
     ended = train("unet", "--config", recipe, "--run-dir", tmp_path / "run")
-    assert ended.code == 0 and "log.jsonl: Is a directory" in ended.err
+    assert ended.code == 0 and "log.jsonl: Is a directory" in ended.err and "status.json: Is a directory" in ended.err
+
+
+def test_a_log_that_is_removed_and_a_clock_that_jumps_do_not_end_the_run(
+    train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumps, step = itertools.cycle([1e9, 2e9, 0.0]), record.Record.step
+
+    def unlucky(self: record.Record, stage: str, report: Any) -> None:
+        step(self, stage, report)
+        if report.step == 2:
+            (tmp_path / "run" / "log.jsonl").unlink()
+
+    monkeypatch.setattr(record.Record, "step", unlucky)
+    monkeypatch.setattr(record.time, "time", lambda: next(jumps))
+    assert train("unet", "--config", recipe, "--run-dir", tmp_path / "run").code == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 4] and all(row["rate"] > 0 for row in rows)
+
+
+def test_a_folder_that_tensorboard_cannot_write_to_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file")
+    assert record.trackers("tensorboard", "tiny", tmp_path) == []
+    assert "tensorboard cannot write there" in capsys.readouterr().err
 
 
 def test_too_little_memory_says_what_to_lower(

@@ -1,0 +1,67 @@
+"""A process that ends says so, in the store where all met: one that did not is the dead or silent one."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch.distributed
+from torch.distributed.distributed_c10d import _get_default_store
+
+from ldm.errors import MachineError
+from ldm.training.workers import Workers
+
+SECONDS = 5.0  # in which the others notice, too, that somebody is missing
+
+
+@contextmanager
+def together(me: Workers) -> Iterator[None]:
+    """What all processes do together: one that fails tells the others, and one that others leave alone says who did.
+
+    Raises MachineError in the first of those that are left, and ends the others, where nobody has said why.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_of_others(error):
+            say(me, "failed")
+            raise
+        silent = missing(me) if say(me, "left alone") else [0]
+        if silent is None or me.rank != min(set(range(me.world)) - set(silent)):
+            raise SystemExit(MachineError.exit_code) from None
+        who = f"rank {', '.join(map(str, silent))}" if silent else "no rank, but the network,"
+        what = "said nothing for --dist-timeout" if "imed out" in str(error) else "is gone"
+        raise MachineError(
+            f"processes: {who} {what}; see what it printed and whether its machine has memory, then give the same "
+            "command again: it goes on from the last checkpoint"
+        ) from None
+
+
+def is_of_others(error: Exception) -> bool:
+    """Whether an error means that other processes did not answer; gloo has no class for it."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def say(me: Workers, how: Literal["failed", "left alone"]) -> bool:
+    """Leave word of how this process ends; False where the store is gone."""
+    if me.world > 1:
+        try:
+            _get_default_store().set(f"ended/{me.rank}", how)
+        except torch.distributed.DistError:
+            return False
+    return True
+
+
+def missing(me: Workers) -> list[int] | None:
+    """The ranks that have not said within some seconds how they end; None where one said that it has failed."""
+    awaited, until = [rank for rank in range(me.world) if rank != me.rank], time.monotonic() + SECONDS
+    try:
+        while awaited and time.monotonic() < until:
+            time.sleep(0.1)
+            heard = [rank for rank in awaited if _get_default_store().check([f"ended/{rank}"])]
+            if any(_get_default_store().get(f"ended/{rank}") == b"failed" for rank in heard):
+                return None
+            awaited = [rank for rank in awaited if rank not in heard]
+    except torch.distributed.DistError:
+        pass  # rank 0, in which the store may lie, has waited as long and is gone
+    return awaited
