@@ -39,7 +39,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})  # type: ignore[arg-type]
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})  # type: ignore[arg-type]  # argparse takes many kinds
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")

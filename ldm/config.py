@@ -75,8 +75,9 @@ def validate(values: Any, schema: type[ConfigType], where: str) -> ConfigType:
         if first["type"] == "extra_forbidden":
             hint = nearest(str(first["loc"][-1]), _fields_at(schema, first["loc"][:-1]))
             raise SettingError(f"{where}: {key}: no such key{hint}; remove or rename it") from None
-        # A section as a whole says nothing that the message does not, and fills the line.
-        silent = first["type"] == "missing" or isinstance(first["input"], Mapping)
+        # A section or list as a whole says nothing that the message does not, and fills the line: with aliases, ten
+        # lines of YAML can stand for a list of a billion words.
+        silent = first["type"] == "missing" or isinstance(first["input"], Mapping | list | tuple)
         got = "" if silent else f", got {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")
         raise SettingError(f"{where}: {key or schema.__name__}: {message}{got}; correct the value") from None

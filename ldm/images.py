@@ -1,7 +1,6 @@
 """The only place where pixels change range, dtype, colour mode or file format."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from einops import rearrange
 from jaxtyping import Float
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+
+from ldm.files import appearing
 
 # A small file can claim a huge picture: refuse before it is decoded.
 Image.MAX_IMAGE_PIXELS = 32_000_000
@@ -47,15 +48,8 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, object] | No
     text = PngImagePlugin.PngInfo()
     if settings is not None:
         text.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            image.save(file, format="PNG", pnginfo=text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(path, shared=True) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)
 
 
 def read_settings(path: Path) -> dict[str, object] | None:
