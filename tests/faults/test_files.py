@@ -83,7 +83,17 @@ def test_a_hostile_pickle_is_not_run_whatever_its_name(
     "arguments",
     [
         ["../app.py", "--model", "{model}", "--port", "{port}"],
-        ["train.py", "lora", "--config", "{recipe}", "--base", "{model}", "--run-dir", "{folder}/run"],
+        [
+            "train.py",
+            "lora",
+            "--config",
+            "{recipe}",
+            "--base",
+            "{model}",
+            "--run-dir",
+            "{folder}/run",
+            "data.shards={folder}",
+        ],
     ],
     ids=["app", "train"],
 )
@@ -91,6 +101,7 @@ def test_a_hostile_pickle_is_not_run_by_what_starts_slowly(tmp_path: Path, argum
     flag = hostile(tmp_path / "model.ckpt", "zip")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    (tmp_path / "one.tar").touch()
     recipe = SCRIPTS.parent / "configs/shapes.yaml"
     places = {"model": tmp_path / "model.ckpt", "folder": tmp_path, "recipe": recipe, "port": port}
     ended = start(*(argument.format(**places) for argument in arguments))
