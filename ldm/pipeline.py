@@ -205,10 +205,10 @@ def enough_memory(request: GenerationRequest, count: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        what = "an image" if count == 1 else f"{count} images"
-        smaller = "a smaller size" if count == 1 else "a smaller size, then a smaller batch_size"
+        what = "a picture" if count == 1 else f"{count} pictures"
+        otherwise = "a smaller model, or close other programs" if count == 1 else "or a smaller batch_size"
         raise MachineError(
-            f"memory: not enough for {what} of {request.width}x{request.height}; use {smaller}"
+            f"memory: not enough for {what} of {request.width}x{request.height}; use a smaller size, {otherwise}"
         ) from None
 
 

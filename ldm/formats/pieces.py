@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ldm.errors import ModelError
 from ldm.formats.tensors import FileTensor, StoredTensor, read_header
-from ldm.formats.write import written_bytes
 
 HEADER = 65_536  # bytes, more than the header of any piece
 
@@ -51,6 +50,8 @@ def read_weights(folder: Path, part: str) -> dict[str, FileTensor]:
 
 def pieces(tensors: Mapping[str, StoredTensor], dtype: str | None, largest: int) -> list[dict[str, StoredTensor]]:
     """The tensors in order of name, in pieces whose files have at most `largest` bytes; a larger tensor is alone."""
+    from ldm.formats.write import written_bytes  # which needs torch, and reading does not
+
     made: list[dict[str, StoredTensor]] = [{}]
     for name in sorted(tensors):
         longer = {**made[-1], name: tensors[name]}

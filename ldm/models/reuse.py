@@ -1,6 +1,6 @@
 """A UNet that is asked in full only now and then: in between, the coarse levels say what they said last time.
 
-Source: DeepCache (Ma et al. 2024, Section 3.2). The picture changes; docs/performance.md says by how much.
+Source: DeepCache (Ma et al. 2024, Section 3.2). The picture changes; by how much was not measured yet.
 """
 
 from jaxtyping import Float

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 # Scores of attention in a block, and numbers in a band of rows: so many that they stay in the caches.
-SCORES = 2**20
+SCORES = 2**21
 BAND = 2**22
 # From so many keys on two products and a softmax are faster than PyTorch's fused kernel.
-MANY_KEYS = 64
+MANY_KEYS = 128
 # Vector registers hold 16 numbers of fp32: products whose results are a multiple of 16 wide leave none of them empty.
 LANES = 16
 # From so many numbers of an image on its state is convolved in bands, and from so many pixels on weights are folded.
@@ -35,8 +35,8 @@ def attention_in_blocks(
     """Attention for some heads and rows of queries at a time, as two products and a softmax.
 
     In bf16 a CPU multiplies matrices at twice the speed of fp32, which PyTorch's fused kernel does not reach. The
-    price: the scores are rounded to bf16 too. Every block is the work of one thread: threads that share a block wait
-    for one another at each of its operations, and that is long where other programs need the cores.
+    price: the scores are rounded to bf16 too. Of many blocks each is the work of one thread: threads that share a block
+    wait for one another at each of its operations, and that is long where other programs need the cores.
     """
     batch, heads, rows, width = query.shape
     columns, mode = key.shape[2], torch.is_inference_mode_enabled()
@@ -56,9 +56,9 @@ def attention_in_blocks(
             torch.softmax(scores, dim=-1, out=scores)
             out[image, some, part] = torch.bmm(scores, value[image, some])[..., :width]
 
-    blocks = product(range(batch), range(0, heads, together), range(0, rows, height))
-    for _ in single_threads(torch.get_num_threads()).map(block, blocks):
-        pass
+    blocks = list(product(range(batch), range(0, heads, together), range(0, rows, height)))
+    threads = torch.get_num_threads()
+    list(single_threads(threads).map(block, blocks) if len(blocks) >= 2 * threads else map(block, blocks))
     return out
 
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from ldm.diffusion.samplers import Step
-from ldm.errors import MachineError, SettingError
+from ldm.errors import SettingError
 from ldm.images import save_png
 from ldm.outputs import reserved
 from ldm.pipeline import GeneratedImage, TextToImage
@@ -131,18 +130,7 @@ class Drawing:
             if job.stopping or job.skipping:
                 self.kept, job.skipping = Kept(order, step), False
                 return
-        self.pictures += (keep(self.outdir, index, decoded(engine, order, step.x)),)
-
-
-def decoded(engine: TextToImage, order: Order, latent: torch.Tensor) -> GeneratedImage:
-    """The picture of a latent. Raises MachineError where there is no memory for it."""
-    try:
-        return engine.images(order.request, latent)[0]
-    except torch.OutOfMemoryError:
-        size = f"{order.request.width}x{order.request.height}"
-        raise MachineError(
-            f"memory: not enough for a picture of {size}; use a smaller size, a smaller model, or close other programs"
-        ) from None
+        self.pictures += (keep(self.outdir, index, engine.images(order.request, step.x)[0]),)
 
 
 def keep(outdir: Path, index: int, image: GeneratedImage) -> Picture:
@@ -154,7 +142,7 @@ def keep(outdir: Path, index: int, image: GeneratedImage) -> Picture:
 
 def keep_partial(engine: TextToImage, outdir: Path, kept: Kept) -> Picture:
     """Save what a stopped picture looked like, decoded; its settings say after how many steps it was stopped."""
-    image = decoded(engine, kept.order, kept.step.denoised)
+    image = engine.images(kept.order.request, kept.step.denoised)[0]
     image.settings["stopped_after_steps"] = kept.step.index + 1
     return keep(outdir, 0, image)
 
