@@ -89,6 +89,7 @@ def readers(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, 
     for format_ in ("jpg", "webp"):
         make_pictures(folder / format_, format_, args)
         name = f"{args.side} px {format_}"
+        # mypy infers no lambda with a default
         yield name, "plain WebDataset", lambda f=format_: plain_pictures(folder / f, f)  # type: ignore[misc]
         for mode in ("streaming", "indexed"):
             config = PicturesConfig(

@@ -43,6 +43,7 @@ def facts(studio: Studio) -> str:
     if loaded is not None:
         bundle = loaded[1].bundle
         networks = (bundle.autoencoder, bundle.text, bundle.unet)
+        # networks are modules
         parameters = sum(weight.numel() for network in networks for weight in network.parameters())  # type: ignore[union-attr, misc]
         rows |= {
             "model": bundle.name,

@@ -98,4 +98,5 @@ def build(studio: Studio, history: History) -> None:
         return {"settings": found.usable, "ignored": found.ignored, "text": found.text}
 
     for endpoint in (txt2img, compare, info):
+        # gradio's own type does not know its function `api`
         gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ class Axis:
 
 def _setting(key: str) -> Callable[[list[str]], list[Callable[[Settings], Settings]]]:
     """Values that replace one setting; the request checks them."""
+    # mypy infers no lambda with a default
     return lambda values: [lambda settings, value=value: {**settings, key: value} for value in values]  # type: ignore[misc]
 
 
@@ -56,6 +57,7 @@ def _word(values: list[str]) -> list[Callable[[Settings], Settings]]:
             raise SettingError(f"prompt word: {values[0]!r} is not in the prompt; begin with a word of the prompt")
         return {**settings, "prompt": prompt.replace(values[0], value)}
 
+    # mypy infers no lambda with a default
     return [lambda settings, value=value: replace(settings, value) for value in values]  # type: ignore[misc]
 
 
