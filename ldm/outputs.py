@@ -62,15 +62,14 @@ def reserved(folder: Path, name: str) -> Iterator[Path]:
         except FileExistsError:
             number += 1
             continue
-        # Another process may have finished this number between our look and our reservation.
-        if number not in _numbers(folder):
-            break
-        reservation.unlink(missing_ok=True)
+        try:
+            # Another process may have finished this number between our look and our reservation.
+            if number not in _numbers(folder):
+                yield folder / f"{number:04d}-{name}.png"
+                return
+        finally:
+            reservation.unlink(missing_ok=True)
         number += 1
-    try:
-        yield folder / f"{number:04d}-{name}.png"
-    finally:
-        reservation.unlink(missing_ok=True)
 
 
 def _numbers(folder: Path) -> set[int]:
