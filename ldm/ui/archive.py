@@ -62,8 +62,7 @@ def history_screen(studio: Studio, history: History, screen: Create, tab: gr.Tab
     filters, shown = [words, model, day, starred, page, chosen], [pictures, page]
 
     def look(*given: object) -> tuple[str, object]:
-        # what is given is named by the caller
-        return grid(history, *given)  # type: ignore[arg-type]
+        return grid(history, *given)  # type: ignore[arg-type]  # in the order of `filters`
 
     def enter(*given: object) -> tuple[object, ...]:
         entries = history.entries()
