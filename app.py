@@ -41,15 +41,17 @@ def parser() -> ArgumentParser:
     made.add_argument("--no-preview", action="store_true", help="show no pictures while they are drawn")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps [auto]")
     made.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 [auto]")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse bad flags before anything is loaded."""
+    from ldm.formats.finding import find
     from ldm.machine import check_names
     from ldm.outputs import check_writable
 
+    if args.model is not None:
+        find(args.model)
     if args.port is not None and not 1 <= args.port <= 65535:
         raise SettingError(f"port: {args.port} is not between 1 and 65535; use 7860")
     for name, low in (("max_queue", 0), ("max_images", 1), ("max_pixels", 64 * 64)):
@@ -80,7 +82,7 @@ def main() -> None:
 
 def open_page(args: argparse.Namespace) -> None:
     """Everything that needs the libraries."""
-    from ldm.bundle import DEFAULT
+    from ldm.formats.finding import DEFAULT
     from ldm.machine import find_device, find_dtype, keep_freed_memory
     from ldm.ui.models import Models
     from ldm.ui.studio import Limits, Studio

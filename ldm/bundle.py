@@ -6,7 +6,6 @@ diffusers, or a single file with CompVis's names.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm import config as configuration
-from ldm.cli import nearest
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule
 from ldm.errors import MachineError, ModelError
@@ -28,35 +26,13 @@ from ldm.formats.describe import layout
 from ldm.formats.evidence import Description, Prediction
 from ldm.formats.export_bundle import MANIFEST, write_manifest
 from ldm.formats.fill import fill
+from ldm.formats.finding import DEFAULT, find
 from ldm.formats.pieces import weight_files
 from ldm.formats.read import OpenModel, open_model, read_bundle_config
 from ldm.models.autoencoder import Autoencoder, KLAutoencoder
 from ldm.models.model_config import ModelConfig, build
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
-
-FOLDER = Path(__file__).parent / "bundles"
-DEFAULT = "shapes-256"
-
-
-def bundled_names() -> list[str]:
-    """The names of the bundles that ship with this package."""
-    return sorted(path.parent.name for path in FOLDER.glob(f"*/{CONFIG}"))
-
-
-def find(name_or_path: str) -> Path:
-    """The folder or file of a model, by name or path. Raises ModelError, with the nearest name, where there is none."""
-    if name_or_path in bundled_names():
-        return FOLDER / name_or_path
-    path = Path(name_or_path).expanduser()
-    if os.path.lexists(path):
-        layout(path)  # says what is wrong with something that is there and no model
-        return path
-    known = [*bundled_names(), *(p.name for p in path.parent.glob("*"))] if path.parent.is_dir() else bundled_names()
-    raise ModelError(
-        f"{name_or_path}: no such model{nearest(path.name, known)}; "
-        f"bundled models: {', '.join(bundled_names()) or 'none'}, or train one: make train-shapes"
-    )
 
 
 def read_config(path: Path, prediction: Prediction | None = None) -> ModelConfig:

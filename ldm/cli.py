@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ldm.errors import LdmError, MachineError
+from ldm.errors import LdmError, MachineError, SettingError
 
 EXIT_BUG = 1
 EXIT_INTERRUPTED = 130
@@ -29,17 +29,26 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def number(setting: str, read: Callable[[str], int], text: str) -> int:
+    """What a flag says. Raises SettingError, which names the setting, where `read` raises ValueError."""
+    try:
+        return read(text)
+    except ValueError as error:
+        raise SettingError(f"{setting}: {error}") from None
+
+
 def warn(message: str) -> None:
     """Print one `warning:` line on stderr."""
     print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse without abbreviated flags, whose complaint is one `error:` line with the nearest flag."""
+    """argparse with `--debug`, without abbreviated flags; its complaint is one `error:` line with the nearest flag."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})  # type: ignore[arg-type]  # argparse takes many kinds
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")  # `run` reads it
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")

@@ -52,8 +52,13 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, object] | No
         image.save(temporary, format="PNG", pnginfo=text)
 
 
+def read_text(path: Path) -> str:
+    """The text that `save_png` wrote before the pixels, which are not decoded; empty for a picture without it."""
+    with Image.open(path, formats=["PNG"]) as image:
+        return str(image.info.get(METADATA_KEY, ""))
+
+
 def read_settings(path: Path) -> dict[str, object] | None:
     """The settings that `save_png` wrote, or None for a picture without them."""
-    with Image.open(path, formats=["PNG"]) as image:
-        text = getattr(image, "text", {}).get(METADATA_KEY)
+    text = read_text(path)
     return json.loads(text) if text else None

@@ -49,7 +49,6 @@ def parser() -> ArgumentParser:
     )
     made.add_argument("--device", default="auto", help="cpu, cuda, … (auto)")
     made.add_argument("--dtype", default="float32", help="what the autoencoder computes in (float32)")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 

@@ -39,7 +39,6 @@ def parser() -> ArgumentParser:
     made.add_argument("--ema", action="store_true", help="take the averaged weights of the UNet [the others]")
     made.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts [told from the source]")
     made.add_argument("--check", action="store_true", help="compare what both models compute")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
@@ -79,15 +78,16 @@ def check_destination(args: argparse.Namespace) -> None:
     if args.to == "single-file" and destination.suffix != ".safetensors":
         raise SettingError(f"{destination}: does not end in .safetensors, as other programs expect; change the name")
     if args.largest is not None and (args.to != "bundle" or not args.largest >= 1):
-        raise SettingError(f"--largest: got {args.largest:g}, expected 1 or more megabytes, with --to bundle only")
+        raise SettingError(f"--largest: got {args.largest:g}, expected 1 or more, and --to bundle; correct it")
     check_writable(destination.parent)
 
 
 def open_source(args: argparse.Namespace) -> "OpenModel":
     """The source with its prediction known: said, found in the file, or asked of the UNet."""
-    from ldm.bundle import Bundle, find, verify
+    from ldm.bundle import Bundle, verify
     from ldm.formats import ckpt
     from ldm.formats.describe import layout
+    from ldm.formats.finding import find
     from ldm.formats.read import open_model, open_tensors
     from ldm.formats.tensors import MemoryTensor
 

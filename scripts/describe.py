@@ -23,7 +23,6 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(description=f"{__doc__}\n\n{EXAMPLES}", prog="describe.py")
     made.add_argument("model", metavar="FILE|FOLDER|NAME", help="a single file, a folder, or a bundled model")
     made.add_argument("--json", action="store_true", help="print one line of JSON")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
@@ -42,12 +41,10 @@ def main() -> None:
 
 def place(model: str) -> Path:
     """Where a model is. Raises ModelError, with the nearest name, where there is none."""
-    path = Path(model).expanduser()
-    if os.path.lexists(path):
-        return path
-    from ldm.bundle import find  # imports torch, which takes seconds
+    from ldm.formats.finding import find
 
-    return find(model)
+    path = Path(model).expanduser()
+    return path if os.path.lexists(path) else find(model)
 
 
 def in_words(said: "Description") -> dict[str, str | int]:

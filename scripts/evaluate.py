@@ -72,7 +72,6 @@ def parser() -> ArgumentParser:
     made.add_argument("--sheet", type=Path, metavar="FILE", help="save a PNG of the first 64 pictures of each list")
     made.add_argument("--out", type=Path, metavar="FILE", help="write results and protocols as JSON")
     made.add_argument("--html", type=Path, metavar="FILE", help="write them as a page with pictures")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
@@ -108,7 +107,8 @@ def main() -> None:
         for found in measured(args, names, drawing, judges, folder):
             results += found[0]
             sheets += found[1]
-    told = about(args, drawing)
+    count = number(args.num_images, "num_images")
+    told: dict[str, object] = {"pictures": args.pictures} if drawing is None else drawing.about(count)
     if args.out:
         save_text(args.out, as_json(results, told))
     if args.html:
@@ -135,8 +135,9 @@ def chosen(args: argparse.Namespace) -> list[str]:
 
 def open_model(args: argparse.Namespace, names: Sequence[str]) -> "Drawing":
     """The model, ready to draw, and the settings to draw with. Raises SettingError where they do not fit."""
-    from ldm.bundle import DEFAULT, Bundle
+    from ldm.bundle import Bundle
     from ldm.evaluation.drawing import Drawing
+    from ldm.formats.finding import DEFAULT
     from ldm.machine import check_names, find_device, find_dtype
     from ldm.models.text import LabelConfig
     from ldm.pipeline import TextToImage
@@ -171,27 +172,6 @@ def number(value: str | None, name: str, otherwise: int = COUNT) -> int:
         return otherwise if value is None else whole(1, 1_000_000, COUNT)(value)
     except ValueError as error:
         raise SettingError(f"{name}: {error}") from None
-
-
-def about(args: argparse.Namespace, drawing: "Drawing | None") -> dict[str, object]:
-    """What the run was told, for the last line and the report."""
-    from ldm.evaluation.drawing import FIRST_SEED, model_digest
-
-    if drawing is None:
-        return {"pictures": args.pictures}
-    request, bundle = drawing.request, drawing.engine.bundle
-    return {
-        "model": bundle.name,
-        "sha256": model_digest(bundle),
-        "sampler": request.sampler,
-        "schedule": request.schedule,
-        "steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-        "first_seed": FIRST_SEED,
-        "num_images": number(args.num_images, "num_images"),
-        "device": str(bundle.device),
-        "dtype": str(next(bundle.unet.parameters()).dtype).removeprefix("torch."),
-    }
 
 
 def open_judges(args: argparse.Namespace, drawing: "Drawing | None") -> "Judges":
@@ -327,9 +307,7 @@ def subjects(
     drawing: "Drawing | None", args: argparse.Namespace, real: "Look | None", folder: Path
 ) -> "tuple[Pictures, dict[str, object]]":
     """The pictures that are measured, and what decided them; nothing for pictures that others have made."""
-    from ldm.evaluation.drawing import opened
-    from ldm.evaluation.pictures import Asked, Captioned, find_pictures, read_prompts, recaptioned
-    from ldm.evaluation.results import digest
+    from ldm.evaluation.pictures import Asked, find_pictures, read_prompts, recaptioned
 
     asked = [] if args.prompts is None else read_prompts(args.prompts)
     if args.pictures is not None:
@@ -340,11 +318,7 @@ def subjects(
         asked = [Asked(caption, caption) for caption in real.captions]
     count = number(args.num_images, "num_images", otherwise=len(asked))
     asked = [asked[i % len(asked)] for i in range(count)]
-    prompts = [one.prompt for one in asked]
-    paths = draw(drawing, prompts, folder)
-    made = {**drawing.made(prompts), "captions_sha256": digest([one.caption for one in asked])}
-    pairs = list(zip(paths, asked, strict=True))
-    return lambda: (Captioned(path.stem, opened(path), one.caption) for path, one in pairs), made
+    return drawing.captioned(asked, draw(drawing, [one.prompt for one in asked], folder))
 
 
 def real_pictures(args: argparse.Namespace) -> "Pictures":

@@ -60,7 +60,6 @@ def parser() -> ArgumentParser:
     made.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one per core)")
     made.add_argument("--resume", action="store_true", help="go on after the shards that are whole already")
     made.add_argument("--verify", type=Path, metavar="FOLDER", help="only check the shards of a folder")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     rules = made.add_argument_group("what becomes of pictures that are imported")
     rules.add_argument("--resize", choices=("short", "exact", "bucket", "keep"), help="what becomes RESOLUTION (short)")
     rules.add_argument("--bucket-step", type=int, metavar="PIXELS", help="sides of --resize bucket (64)")
@@ -87,7 +86,8 @@ def main() -> None:
         return
     if args.output is None:
         raise SettingError("--output: not given, expected a folder for the shards; name one")
-    args.resolution = args.resolution or RESOLUTION.get(args.source, RESOLUTION_OF_PICTURES)
+    if args.resolution is None:
+        args.resolution = RESOLUTION.get(args.source, RESOLUTION_OF_PICTURES)
     for name, largest in LARGEST.items():
         if not 1 <= getattr(args, name) <= largest:
             flag = f"--{name.replace('_', '-')}"

@@ -49,7 +49,6 @@ def parser() -> ArgumentParser:
     made.add_argument("--report-to", choices=("tensorboard", "wandb", "none"), help="default: TensorBoard if installed")
     made.add_argument("--dist-timeout", type=float, default=600.0, metavar="SECONDS", help="how long processes wait")
     made.add_argument("--allow-world-size-change", action="store_true", help="resume on another number of processes")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     return made
 
@@ -57,6 +56,10 @@ def parser() -> ArgumentParser:
 def main() -> int:
     """Check the recipe and the data, then run the stages that are not finished; returns the exit code."""
     args = parser().parse_intermixed_args()  # overrides may stand before, between and behind flags
+    if args.minutes is not None and not 0 < args.minutes < LONGEST_MINUTES:
+        raise SettingError(
+            f"--minutes: got {args.minutes:g}, expected more than 0 and less than {LONGEST_MINUTES}; choose another"
+        )
     from ldm import config
     from ldm.training.recipe import Recipe
 
@@ -66,8 +69,6 @@ def main() -> int:
     recipe = config.load(args.config, Recipe, overrides)
     from ldm.training.workers import workers
 
-    if args.minutes is not None and not 0 < args.minutes < LONGEST_MINUTES:
-        raise SettingError(f"--minutes: got {args.minutes:g}, expected more than 0 and less than {LONGEST_MINUTES}")
     if args.stage == "bundle":
         return bundled(args, recipe)
     me = workers(args.dist_timeout)

@@ -52,6 +52,7 @@ DOORS = {
 WITHOUT_TORCH = [
     *("ldm", "ldm.errors", "ldm.cli", "ldm.config", "ldm.files", "ldm.machine", "ldm.outputs", "ldm.prompts"),
     *("ldm.diffusion.samplers", "ldm.diffusion.schedule", "ldm.diffusion.conventions", "ldm.request"),
+    *("ldm.formats.describe", "ldm.formats.finding"),
 ]
 LINES_OF_A_FILE = 400
 LINES_OF_A_FUNCTION = 60

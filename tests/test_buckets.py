@@ -63,7 +63,7 @@ def test_captions_are_chosen_dropped_and_framed() -> None:
     assert all_captions("a", facts) == ("a", "b")
 
     def chosen(**settings: object) -> list[str]:
-        config = CaptionConfig(**settings)  # type: ignore[arg-type]
+        config = CaptionConfig.model_validate(settings)
         return [choose_caption("a", facts, config, Chance(str(i)), "here") for i in range(400)]
 
     assert set(chosen()) == {"a"}

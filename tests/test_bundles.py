@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from ldm.bundle import DEFAULT, FOLDER, Bundle, bundled_names, find, read_config, verify
+from ldm.bundle import Bundle, read_config, verify
 from ldm.evaluation.scores import score_shapes
+from ldm.formats.finding import DEFAULT, FOLDER, bundled_names, find
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -220,7 +221,9 @@ def foreign(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, lose, empty, foreign])
-def test_a_damaged_checkpoint_is_passed_over_and_said(damage, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_checkpoint_is_passed_over_and_said(
+    damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint.save(tmp_path, some(3))
     damage(checkpoint.save(tmp_path, some(6)))
     assert checkpoint.newest(tmp_path) == tmp_path / "step_00000003"

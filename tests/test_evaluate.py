@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Ended
@@ -273,6 +274,22 @@ def test_every_metric_of_pictures_against_themselves(folder: Path, run_folder: P
     json.loads(as_json(found, {}))
 
 
+def test_real_pictures_that_training_has_seen_are_counted_in_a_warning(
+    folder: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.evaluation.neighbours.copies.__defaults__", (4,))
+
+    def warnings(trained: Look) -> dict[str, tuple[str, ...]]:
+        found = measured("memorisation", evidence(folder, run_folder, trained=trained))
+        return {result.of: result.notes for result in found if result.metric.startswith("copies(pixels")}
+
+    numbers = np.random.default_rng(0).integers(0, 256, (12, SIZE, SIZE, 3), dtype=np.uint8)
+    noise = [Captioned(str(number), Image.fromarray(one), "noise") for number, one in enumerate(numbers)]
+    assert warnings(seen(lambda: iter(noise), pixels(), COLOUR)) == {"drawn": (), "real": ()}
+    said = warnings(seen(find_pictures(str(folder)), pixels(), COLOUR))
+    assert said["drawn"] == () and said["real"][0].startswith("12 real pictures are as near to one of training")
+
+
 def test_fid_says_where_pictures_are_too_few(folder: Path, run_folder: Path) -> None:
     base = evidence(folder, run_folder)
     assert not any("too few" in note for note in measured("fid", base)[0].notes)
@@ -403,6 +420,11 @@ def test_wrong_flags(evaluate: Script, tiny_folder: Path, flags: list[str], code
     ended = evaluate("--model", tiny_folder, *flags)
     assert ended.code == code and ended.out == "", ended.err
     assert len(ended.errors) == 1 and words in ended.errors[0] and "; " in ended.errors[0]
+
+
+def test_a_held_out_set_without_a_picture_is_refused(evaluate: Script, tiny_folder: Path, tmp_path: Path) -> None:
+    ended = evaluate("--model", tiny_folder, "--metrics", "vae", "--data", tmp_path)
+    assert ended.code == 3 and len(ended.errors) == 1 and "no .tar and no picture" in ended.errors[0], ended.err
 
 
 def test_the_conditioning_tower_is_no_evaluator(

@@ -15,13 +15,14 @@ from conftest import tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.bundle import Bundle, find, read_config
+from ldm.bundle import Bundle, read_config
 from ldm.config import validate
 from ldm.errors import ModelError, SettingError
 from ldm.formats import diffusers_config, diffusers_folder, keys, probe, tensors
 from ldm.formats.describe import describe
 from ldm.formats.evidence import FAMILIES
 from ldm.formats.fill import whole
+from ldm.formats.finding import find
 from ldm.formats.read import open_model
 from ldm.formats.single_file import CONFIG_KEY
 from ldm.formats.tensors import read_header
@@ -57,7 +58,6 @@ def changed(**entry: object) -> bytes:
     return packed({"a": {**ONE["a"], **entry}})
 
 
-TWO = {**ONE, "b": {"dtype": "F32", "shape": [2], "data_offsets": [24, 32]}}
 WHOLE = "not a whole safetensors file"
 BAD_FILES = {
     "empty": (b"", f"{WHOLE} (it has 0 bytes); copy or download it again"),

@@ -33,6 +33,14 @@ def test_settings_survive_in_the_file(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"], "no temporary file is left"
 
 
+def test_settings_are_read_without_the_pixels(tmp_path: Path) -> None:
+    path, settings = tmp_path / "a.png", {"prompt": "a red circle"}
+    save_png(Image.new("RGB", (64, 64), "red"), path, settings)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"IDAT") + len("IDAT") + 1])
+    assert read_settings(path) == settings
+
+
 def test_a_failed_save_leaves_the_old_picture(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     save_png(Image.new("RGB", (4, 4), "red"), path)

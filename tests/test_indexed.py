@@ -8,6 +8,7 @@ import pickle
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from ldm.data.buckets import BucketConfig
 from ldm.data.captions import CaptionConfig
 from ldm.data.index import Reader, open_table, scan
 from ldm.data.indexed import IndexedShards
-from ldm.data.latents import LatentShards, MadeFrom, describe, latent_sample, npy, weights_digest
+from ldm.data.latents import LatentBatch, LatentShards, MadeFrom, describe, latent_sample, npy, weights_digest
 from ldm.data.order import Permutation, Plan
 from ldm.data.pictures import PictureBatch
 from ldm.data.settings import LatentsConfig, PicturesConfig
@@ -43,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 def config(folder: Path, **changes: object) -> PicturesConfig:
     settings: dict[str, object] = {"batch_size": BATCH, "pictures": PictureConfig(side=8, crop="random", mirror=0.5)}
     captions = CaptionConfig(dropout=0.3)
-    return PicturesConfig(**{**settings, "shards": str(folder), "captions": captions, **changes})  # type: ignore[arg-type]
+    return PicturesConfig.model_validate({**settings, "shards": str(folder), "captions": captions, **changes})
 
 
 def taken(source: IndexedShards, steps: int, start: int = 0, **how: int) -> list[PictureBatch]:
@@ -278,8 +279,8 @@ def test_latents_come_back_as_they_were_written(cached: Path) -> None:
     assert rows == 88
 
 
-def batch_rows(batch: object) -> tuple[object, ...]:
-    return batch.keys, batch.mean, batch.std, batch.text, batch.dropped.tolist()  # type: ignore[attr-defined]
+def batch_rows(batch: LatentBatch) -> tuple[Any, ...]:
+    return batch.keys, batch.mean, batch.std, batch.text, batch.dropped.tolist()
 
 
 def test_latents_are_the_same_for_ranks_and_workers(cached: Path) -> None:

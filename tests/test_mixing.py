@@ -51,7 +51,7 @@ def config(folders: tuple[Path, Path], share: float = 0.4, **changes: object) ->
         "pictures": PictureConfig(side=16, mirror=0.5, grounds=0.6),
         "captions": CaptionConfig(choice="any", dropout=0.1),
     }
-    return PicturesConfig(**{**settings, **changes})  # type: ignore[arg-type]
+    return PicturesConfig.model_validate({**settings, **changes})
 
 
 def taken(source: IndexedShards | ResidentShards, steps: int, start: int = 0, **how: int) -> list[PictureBatch]:

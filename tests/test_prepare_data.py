@@ -235,6 +235,8 @@ def test_flags_that_make_no_sense_are_refused(photos: Path, prepare: Callable[..
             prepare(*asked, *flags)
     with pytest.raises(SettingError, match="multiple of the buckets' step"):
         prepare(*asked, "--resize", "bucket", "--resolution", 100)
+    with pytest.raises(SettingError, match="--resolution: got 0, expected 1 to 4096"):
+        prepare(*asked, "--resolution", 0)
     with pytest.raises(SettingError, match="--input"):
         prepare("--source", "folder", "--output", tmp_path / "out")
     with pytest.raises(DataError, match="no such folder"):

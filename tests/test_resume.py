@@ -14,6 +14,7 @@ from torch import nn
 from ldm.errors import NotFiniteError, SettingError
 from ldm.training import checkpoint, loop, state
 from ldm.training.batch import Batch, Draws
+from ldm.training.checkpoint import Checkpoint
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Conduct
 from ldm.training.optimization import LossScale, OptimizationConfig
@@ -93,8 +94,8 @@ def test_a_restore_that_leaves_something_out_is_found(
     whole = run("unet", tmp_path / "whole", **short)
     run("unet", tmp_path / "parts", until=4, **short)
 
-    def restore(saved: object, into: state.Trainee) -> None:
-        state.restore(saved, into)  # type: ignore[arg-type]
+    def restore(saved: Checkpoint, into: state.Trainee) -> None:
+        state.restore(saved, into)
         broken(into)
 
     monkeypatch.setattr(loop, "restore", restore)

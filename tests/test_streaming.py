@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 def config(shards: object, **changes: object) -> PicturesConfig:
     settings = {"mode": "streaming", "batch_size": 4, "pictures": PictureConfig(side=8), "shuffle_buffer": 8}
-    return PicturesConfig(**{**settings, "shards": str(shards), **changes})  # type: ignore[arg-type]
+    return PicturesConfig.model_validate({**settings, "shards": str(shards), **changes})
 
 
 def taken(settings: PicturesConfig, steps: int, start: int = 0, **how: int) -> list[PictureBatch]:

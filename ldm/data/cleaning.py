@@ -16,7 +16,6 @@ from ldm.data.tally import BadSample
 from ldm.data.transforms import fit
 
 READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing that starts another program, as EPS would
-WRITTEN = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG"}
 
 
 class Rules(Config):

@@ -83,7 +83,7 @@ class ResidentShards:
             self._shards.tally.add(len(chunk.words) + len(faults), faults)
         return memory
 
-    def batches(self, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[PictureBatch]:
+    def batches(self, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[PictureBatch]:
         """This rank's part of every global batch from step `start` on, without end, on the device."""
         for step in itertools.count(start):
             yield self.batch(self._shards.plan.part(step, rank, world_size))

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.bundle import Bundle
+from ldm.evaluation.pictures import Asked, Captioned, Pictures
 from ldm.evaluation.results import digest, protocol_hash
 from ldm.files import sha256
 from ldm.images import save_png
@@ -31,15 +32,35 @@ class Drawing:
     @property
     def protocol(self) -> dict[str, object]:
         """Everything beside prompt and seed that decides a picture, as JSON values."""
-        bundle = self.engine.bundle
         settings = {name: value for name, value in self.request.settings().items() if name not in LEFT_OUT}
-        dtype = str(next(bundle.unet.parameters()).dtype).removeprefix("torch.")
-        machine = {"device": bundle.device.type, "dtype": dtype}
-        return {"drawing": VERSION, "model_sha256": model_digest(bundle), **machine, **settings}
+        return {"drawing": VERSION, **computed_with(self.engine.bundle), **settings}
 
     def made(self, prompts: Sequence[str]) -> dict[str, object]:
         """Everything that decides the pictures of a list of prompts."""
         return {**self.protocol, "first_seed": FIRST_SEED, "count": len(prompts), "prompts_sha256": digest(prompts)}
+
+    def about(self, count: int) -> dict[str, object]:
+        """The model, the main settings and the machine that draw `count` pictures, as a report names them."""
+        request, bundle = self.request, self.engine.bundle
+        decided = computed_with(bundle)
+        return {
+            "model": bundle.name,
+            "sha256": decided["model_sha256"],
+            "sampler": request.sampler,
+            "schedule": request.schedule,
+            "steps": request.steps,
+            "guidance_scale": request.guidance_scale,
+            "first_seed": FIRST_SEED,
+            "num_images": count,
+            "device": str(bundle.device),
+            "dtype": decided["dtype"],
+        }
+
+    def captioned(self, asked: Sequence[Asked], paths: Sequence[Path]) -> tuple[Pictures, dict[str, object]]:
+        """The drawn pictures with what a judge holds them against, and everything that decides both."""
+        pairs = list(zip(paths, asked, strict=True))
+        made = {**self.made([one.prompt for one in asked]), "captions_sha256": digest([one.caption for one in asked])}
+        return lambda: (Captioned(path.stem, opened(path), one.caption) for path, one in pairs), made
 
     def draw(self, prompts: Sequence[str], folder: Path) -> Iterator[Path]:
         """The PNG of each prompt in turn, picture i from seed FIRST_SEED + i, kept below `folder`.
@@ -58,6 +79,12 @@ class Drawing:
                 for path, image in zip(paths, self.engine.draw(batch, seeds, self.request), strict=True):
                     save_png(image, path)
             yield from paths
+
+
+def computed_with(bundle: Bundle) -> dict[str, object]:
+    """What decides every number that a model computes, as JSON values: its weights, number format, kind of device."""
+    dtype = str(next(bundle.unet.parameters()).dtype).removeprefix("torch.")
+    return {"model_sha256": model_digest(bundle), "device": bundle.device.type, "dtype": dtype}
 
 
 def model_digest(bundle: Bundle) -> str:

@@ -15,7 +15,7 @@ from ldm.bundle import Bundle
 from ldm.data.transforms import fit
 from ldm.errors import DataError
 from ldm.evaluation.denoising import CONTEXTS, Bin, held_out_loss
-from ldm.evaluation.drawing import model_digest
+from ldm.evaluation.drawing import computed_with
 from ldm.evaluation.figures import of_mean
 from ldm.evaluation.pictures import Pictures, thumbnail
 from ldm.evaluation.reconstruction import psnr, reconstructed, ssim
@@ -79,12 +79,9 @@ def at_model_size(bundle: Bundle, images: Sequence[Image.Image]) -> Float[Tensor
 
 def protocol(bundle: Bundle, seen: HeldOut, version: str) -> dict[str, object]:
     """What decides these figures: the model, its number format, and the pictures at the model's size."""
-    dtype = str(next(bundle.unet.parameters()).dtype).removeprefix("torch.")
     return {
         "version": version,
-        "model_sha256": model_digest(bundle),
-        "device": bundle.device.type,
-        "dtype": dtype,
+        **computed_with(bundle),
         "data_sha256": seen.sha256,
         "pictures": len(seen.captions),
     }

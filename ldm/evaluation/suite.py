@@ -150,7 +150,9 @@ def memorisation(e: Evidence) -> list[Result]:
             median = of_median(found.ratios)
             results.append(Result(f"nearest-neighbour ratio({extractor.name})", of, median, decided, details=details))
             name = f"copies({extractor.name}, ratio below {COPIED:.2f})"
-            results.append(Result(name, of, of_share(found.copied), decided, "%"))
+            overlap = f"{found.copied.right} real pictures are as near to one of training as a copy: are they held out?"
+            notes = (overlap,) if of == "real" and found.copied.right else ()
+            results.append(Result(name, of, of_share(found.copied), decided, "%", notes))
     return results
 
 

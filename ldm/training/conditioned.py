@@ -32,7 +32,7 @@ class Conditioned(nn.Module):
         return self.unet(x, t, states)
 
 
-def text_states(text: TextEncoder, dtype: torch.dtype = torch.float32) -> Condition:
+def text_states(text: TextEncoder, dtype: torch.dtype) -> Condition:
     """What a UNet by itself is given."""
     return lambda prompts: text.encode(prompts).tokens.to(dtype)
 

@@ -42,9 +42,11 @@ class DiffusionTraining(OptimizationConfig):
     offset_noise: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> "DiffusionTraining":
+    def _consistent(self) -> "DiffusionTraining":
         if self.pictures is not None and self.latents is not None:
             raise ValueError("give pictures or latents, not both")
+        if self.pictures is not None and self.pictures < self.batch_size:
+            raise ValueError(f"pictures {self.pictures} do not fill one batch: give {self.batch_size} or more")
         if self.min_snr_gamma is not None and self.debiased:
             raise ValueError("give min_snr_gamma or debiased, not both")
         return self
@@ -71,7 +73,7 @@ def latent_batches(cache: LatentCache, config: DiffusionTraining, seed: int) -> 
     def batches(start: int) -> Iterator[Batch]:
         step = start
         epoch, order = -1, torch.empty(0, dtype=torch.long)
-        per_epoch = max(1, len(cache) // config.batch_size)
+        per_epoch = len(cache) // config.batch_size
         while True:
             if step // per_epoch != epoch:
                 epoch = step // per_epoch

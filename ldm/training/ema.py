@@ -31,10 +31,3 @@ class EMA:
         parameters = dict(module.named_parameters())
         shadows = list(self.shadow.values())
         torch._foreach_lerp_(shadows, [local(parameters[name]).float() for name in self.shadow], 1.0 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Write the averaged weights into `module`, which is sharded as the averaged one is."""
-        parameters = dict(module.named_parameters())
-        for name, shadow in self.shadow.items():
-            local(parameters[name]).copy_(shadow)

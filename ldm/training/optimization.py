@@ -31,7 +31,8 @@ class OptimizationConfig(Config):
     more_ema_decays: tuple[float, ...] = ()
     # bf16 and fp16: autocast over fp32 weights.
     precision: Literal["no", "bf16", "fp16"] = "bf16"
-    # torch.compile: needs a C++ compiler on CPU, takes minutes once, and then runs up to 1.4× as fast.
+    # torch.compile: needs a C++ compiler on CPU and takes minutes once; scripts/benchmark_training.py --compile says
+    # how much faster it then is.
     compile: bool = False
     # Activations are computed again on the way back: a third more time, a fraction of the memory.
     gradient_checkpointing: bool = False

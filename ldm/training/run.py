@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.bundle import Bundle
 from ldm.config import parse_yaml, validate
@@ -116,3 +116,14 @@ def model_so_far(run: Run) -> Bundle:
             raise SettingError("model.unet: its shape differs from that of --base; leave `model` out to train that on")
         unet.load_state_dict(run.base.unet.state_dict())
     return Bundle(run.recipe.name, model, autoencoder, text, channels_last(unet))
+
+
+@torch.no_grad()
+def give_weights(bundle: Bundle, weights: dict[str, Tensor]) -> None:
+    """Give the UNet of a bundle weights by name; where the text tower learned too, both, as `unet.…` and `text.…`."""
+    parameters: dict[str, Tensor] = {}
+    for part in ("text", "unet"):
+        module: nn.Module = getattr(bundle, part)
+        parameters |= {f"{part}.{name}": parameter for name, parameter in module.named_parameters()}
+    for name, weight in weights.items():
+        parameters[name if name in parameters else f"unet.{name}"].copy_(weight)

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.bundle import Bundle
 from ldm.errors import SettingError
 from ldm.training import checkpoint
-from ldm.training.run import Run, model_so_far
+from ldm.training.run import Run, give_weights, model_so_far
 
 
 def snapshot(run: Run) -> Path:
@@ -17,7 +15,7 @@ def snapshot(run: Run) -> Path:
     Raises SettingError for a run whose UNet has left nothing yet.
     """
     bundle = model_so_far(run)
-    take(bundle, newest_weights(run))
+    give_weights(bundle, newest_weights(run))
     return bundle.save(run.folder / run.recipe.name)
 
 
@@ -31,14 +29,3 @@ def newest_weights(run: Run) -> dict[str, Tensor]:
         if saved is not None:
             return checkpoint.read(saved).tensors["ema"]
     raise SettingError(f"{run.folder}: its UNet has no checkpoint yet, nothing to bundle; train it first")
-
-
-@torch.no_grad()
-def take(bundle: Bundle, weights: dict[str, Tensor]) -> None:
-    """Give the networks of a bundle their weights."""
-    parameters: dict[str, Tensor] = {}
-    for part in ("text", "unet"):
-        module: nn.Module = getattr(bundle, part)
-        parameters |= {f"{part}.{name}": parameter for name, parameter in module.named_parameters()}
-    for name, weight in weights.items():
-        parameters[name if name in parameters else f"unet.{name}"].copy_(weight)

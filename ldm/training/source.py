@@ -13,13 +13,13 @@ from ldm.config import Config
 from ldm.data.buckets import BucketConfig, bucket_sizes
 from ldm.data.captions import CaptionConfig
 from ldm.data.digits import load
-from ldm.data.indexed import IndexedShards
 from ldm.data.latents import LatentShards, MadeFrom
 from ldm.data.order import Plan
 from ldm.data.pictures import PictureBatch
 from ldm.data.resident import ResidentShards
 from ldm.data.settings import LatentsConfig, MixConfig, PicturesConfig
 from ldm.data.shards import find_shards
+from ldm.data.source import open_pictures
 from ldm.data.streaming import StreamedShards
 from ldm.data.transforms import PictureConfig
 from ldm.errors import SettingError
@@ -88,11 +88,10 @@ def pictures(data: DataConfig, batch_size: int, side: int, seed: int, alone: boo
 def shards(data: DataConfig, batch_size: int, side: int, seed: int, me: Workers) -> Pictures:
     """Batches from WebDataset shards: resident, indexed or streamed as the recipe says."""
     config = settings(data, batch_size, side, seed)
-    source: ResidentShards | IndexedShards | StreamedShards
     if data.resident:
-        source = ResidentShards(config, me.device, data.workers)
-    else:
-        source = IndexedShards(config) if data.mode == "indexed" else StreamedShards(config)
+        resident = ResidentShards(config, me.device, data.workers)
+        return lambda start: resident.batches(start, me.rank, me.world)
+    source = open_pictures(config)
     return lambda start: source.batches(start, me.rank, me.world, data.workers)
 
 

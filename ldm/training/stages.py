@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.bundle import Bundle
 from ldm.data.latents import MadeFrom
@@ -35,7 +35,7 @@ from ldm.training.autoencoder import (
 )
 from ldm.training.checkpoint import load_tensors, save_tensors
 from ldm.training.clip import Contrast, clip_losses, normalise_globally, pairs
-from ldm.training.conditioned import Conditioned, text_states, token_ids
+from ldm.training.conditioned import Condition, Conditioned, text_states, token_ids
 from ldm.training.diffusion import (
     DiffusionTraining,
     UNetTraining,
@@ -49,7 +49,7 @@ from ldm.training.latents import LatentCache
 from ldm.training.loop import Batches, Report, train
 from ldm.training.lora import adapt, merge, save_lora
 from ldm.training.perceptual import Lpips
-from ldm.training.run import Run, digest, model_so_far, network_digest
+from ldm.training.run import Run, digest, give_weights, model_so_far, network_digest
 from ldm.training.source import latent_shards
 from ldm.training.workers import workers
 
@@ -176,11 +176,7 @@ def encoded_parts(
     run: Run, stage: DiffusionTraining, count: int, bundle: Bundle, path: Path, about: dict[str, object]
 ) -> Iterator[int | LatentCache]:
     """The latents in parts of PART pictures, each kept beside `path` once it is there; yields as `encode` does."""
-    device = workers().device
-    for module in (bundle.autoencoder, bundle.text):
-        assert isinstance(module, nn.Module)
-        module.to(device)
-    condition = token_ids(readable(bundle)) if trains_text(stage) else text_states(bundle.text, torch.float16)
+    condition = encoding(bundle, stage, torch.float16)
     pictures = run.pictures(ENCODED_AT_ONCE, stage.side, run.recipe.seed, alone=True)
     for first in range(0, count, PART):
         kept, of = path.with_stem(f"{path.stem}-{first:08d}"), {**about, "first": first}
@@ -207,13 +203,17 @@ def diffusion_batches(
         digests = (network_digest(bundle, "autoencoder"), network_digest(bundle, "text"))
         made_from, data = MadeFrom(*digests, stage.side), run.recipe.data
         return shard_batches(latent_shards(stage.latents, data, stage.batch_size, seed, made_from), data.workers)
-    device = workers().device
+    condition = encoding(bundle, stage, torch.float32)
+    pictures = run.pictures(stage.batch_size, stage.side, seed)
+    return encoded_batches(pictures, stage, bundle.autoencoder, condition, workers().device)
+
+
+def encoding(bundle: Bundle, stage: DiffusionTraining, dtype: torch.dtype) -> Condition:
+    """Bring autoencoder and text tower to the device; what the UNet is then given for prompts, states in `dtype`."""
     for module in (bundle.autoencoder, bundle.text):
         assert isinstance(module, nn.Module)
-        module.to(device)
-    pictures = run.pictures(stage.batch_size, stage.side, seed)
-    condition = token_ids(readable(bundle)) if trains_text(stage) else text_states(bundle.text)
-    return encoded_batches(pictures, stage, bundle.autoencoder, condition, device)
+        module.to(workers().device)
+    return token_ids(readable(bundle)) if trains_text(stage) else text_states(bundle.text, dtype)
 
 
 def trains_text(stage: DiffusionTraining) -> bool:
@@ -311,12 +311,10 @@ def averaged(bundle: Bundle, report: Report) -> Bundle | None:
     averages = report.averages()
     if not workers().main:
         return None
-    drawing, trained = copy.deepcopy(bundle), dict[str, Tensor]()
+    drawing = copy.deepcopy(bundle)
     for name in ("autoencoder", "text", "unet"):
-        module: nn.Module = getattr(drawing, name).to("cpu").eval().requires_grad_(False)
-        trained |= {f"{name}.{parameter}": tensor for parameter, tensor in module.named_parameters()}
-    for name, average in averages.items():
-        trained[name if name in trained else f"unet.{name}"].copy_(average)
+        getattr(drawing, name).to("cpu").eval().requires_grad_(False)
+    give_weights(drawing, averages)
     return drawing
 
 

@@ -32,10 +32,10 @@ class Order:
 
     @property
     def cost(self) -> float:
-        """What a step costs times the steps: pixels through the network, twice where there is guidance."""
+        """What a step costs times the steps: pixels through the network, once for each text."""
         request = self.request
         assert request.width and request.height and request.steps
-        return request.steps * request.width * request.height * (1 if request.guidance_scale == 1 else 2) / 1e6
+        return request.steps * request.width * request.height * request.passes / 1e6
 
 
 @dataclass(frozen=True)

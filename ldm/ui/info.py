@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from ldm import images
 from ldm.errors import DataError, SettingError
-from ldm.images import METADATA_KEY
 from ldm.request import GenerationRequest, shown
 
 MAX_TEXT = 100_000
@@ -32,13 +32,12 @@ class Info:
 def read_text(path: Path) -> str:
     """The text that `save_png` stored, or nothing. Raises DataError for a file that is no PNG we can read."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(METADATA_KEY, "")  # what stands before the pixels: they are not decoded
+        text = images.read_text(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise DataError("picture: not a PNG that can be read; give a PNG file of this program") from None
     if len(text) > MAX_TEXT:
         raise DataError(f"picture: {len(text)} characters of settings are too many; give a picture of this program")
-    return str(text)
+    return text
 
 
 def settings_of(text: str) -> dict[str, object]:

@@ -11,6 +11,7 @@ from ldm import bundle
 from ldm.bundle import Bundle
 from ldm.errors import ModelError, SettingError
 from ldm.formats.describe import layout
+from ldm.formats.finding import bundled_names, find
 from ldm.formats.read import open_model
 from ldm.models.model_config import ModelConfig
 from ldm.pipeline import TextToImage
@@ -54,7 +55,7 @@ def offers(first: str, folders: list[Path]) -> tuple[dict[str, Offer], list[str]
 
     Two models of one name are told apart by their folders. Raises ModelError where `first` itself is not readable.
     """
-    candidates = [bundle.find(first), *map(bundle.find, bundle.bundled_names())]
+    candidates = [find(first), *map(find, bundled_names())]
     candidates += [path for folder in folders for path in models_in(folder)]
     made: dict[str, Offer] = {}
     problems = []

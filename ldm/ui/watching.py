@@ -1,7 +1,7 @@
 """What somebody who watches a job is shown: a view whenever there is news, but not more often than eyes can use."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from ldm.ui.drawing import Drawing, Picture, as_jpeg_address
@@ -33,7 +33,7 @@ class View:
         return self.seconds / self.done * (1 - self.done) if self.done else None
 
 
-def watch(worker: Worker, job: Job, drawing: Drawing, preview: bool = True) -> Iterator[View]:
+def watch(worker: Worker, job: Job, drawing: Drawing, preview: bool = True) -> Generator[View, None, None]:
     """Views of a job until it has ended. The first and the last step of a picture are always shown, the others at
     most one in 150 ms; frames are decoded here, so that a job nobody watches decodes none.
 

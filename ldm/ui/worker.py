@@ -73,11 +73,10 @@ Work = Callable[[Job], Iterator[None]]
 
 @dataclass(frozen=True)
 class Place:
-    """A place in line: how many jobs come before, and in how many seconds it begins and ends, where that is known."""
+    """A place in line: how many jobs come before, and in how many seconds it begins, where that is known."""
 
     ahead: int
     begins: float | None
-    ends: float | None
 
 
 class Worker:
@@ -110,9 +109,9 @@ class Worker:
         """The place of a job in line; 0 ahead is the one that runs."""
         with self._news:
             if job not in self._jobs:
-                return Place(0, 0.0, 0.0)
+                return Place(0, 0.0)
             ahead = self._jobs.index(job)
-            return Place(ahead, self._seconds(self._jobs[:ahead]), self._seconds(self._jobs[: ahead + 1]))
+            return Place(ahead, self._seconds(self._jobs[:ahead]))
 
     def estimate(self, cost: float) -> float | None:
         """Seconds that work of that cost takes once it runs, if anything has run before."""

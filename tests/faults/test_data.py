@@ -17,7 +17,7 @@ from ldm.data import shards as shards_module
 from ldm.data.captions import CaptionConfig
 from ldm.data.index import open_table, scan
 from ldm.data.settings import PicturesConfig
-from ldm.data.shards import check_shard, read_samples
+from ldm.data.shards import check_shard
 from ldm.data.source import open_pictures
 from ldm.data.tally import Fault, Tally
 from ldm.data.transforms import PictureConfig
@@ -53,7 +53,7 @@ def tar(path: Path, files: Files) -> Path:
 
 def config(path: Path | str, mode: str, **changes: object) -> PicturesConfig:
     settings = {"batch_size": 4, "pictures": PictureConfig(side=8), "shuffle_buffer": 1, "max_bad_fraction": 0.5}
-    return PicturesConfig(**{**settings, "shards": str(path), "mode": mode, **changes})  # type: ignore[arg-type]
+    return PicturesConfig.model_validate({**settings, "shards": str(path), "mode": mode, **changes})
 
 
 def read(path: Path | str, mode: str, batches: int = 6, **changes: object) -> tuple[set[str], dict[str, int]]:
@@ -209,7 +209,7 @@ def test_a_compressed_shard_is_not_inflated(tmp_path: Path, mode: str) -> None:
             file.write(bytes(2**20))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match=r"compressed ones are not read|1 torn shard"):
-        list(read_samples(path, seed=0, epochs=1)) if mode == "indexed" else read(path, mode)
+        read(path, mode)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000  # KB
 
 

@@ -45,6 +45,7 @@ def check(ended: Ended, code: int, *words: str) -> None:
         ("unet_training.0.steps=0", ("steps",)),
         ("unet_training.0.more_ema_decays=[0.999]", ("different numbers",)),
         ("unet_training.0.latents=data/*.tar", ("pictures or latents",)),
+        ("unet_training.0.pictures=7", ("pictures 7 do not fill one batch", "8 or more")),
         ("trian.lr=1", ("trian",)),
         ("unet_training.0.steps", ("section.key=value",)),
         ("=5", ("section.key=value",)),
@@ -58,6 +59,12 @@ def test_a_wrong_value_is_said_before_anything_is_computed(
     ended = train("unet", "--config", recipe, "--run-dir", tmp_path / "run", override)
     check(ended, 3 if "nowhere" in override else 2, *words)
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "100000"])
+def test_a_limit_of_time_that_is_none_is_refused(train: Script, recipe: Path, tmp_path: Path, minutes: str) -> None:
+    ended = train("unet", "--config", recipe, "--run-dir", tmp_path / "run", f"--minutes={minutes}")
+    check(ended, 2, f"--minutes: got {minutes}, expected more than 0")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def main() -> None:
         return load(path, device, dtype)
 
     TextToImage.stream = slowed  # type: ignore[method-assign]  # made slow on purpose
-    Bundle.load = slowly  # type: ignore[method-assign, assignment]
+    Bundle.load = slowly  # type: ignore[method-assign, assignment]  # the same
     models = Models(args.model, args.model_dir)
     models.engine(models.first)
     studio = Studio(models, args.outdir, Worker(), Limits(max_pixels=args.max_pixels))
