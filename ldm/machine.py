@@ -26,18 +26,19 @@ def check_names(device: str, dtype: str) -> None:
         raise SettingError(f"dtype: no dtype {dtype!r}{nearest(dtype[:100], DTYPES)}; use one of {', '.join(DTYPES)}")
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(largest: int = 2**30) -> None:
     """Have the C library give freed memory to the next tensor instead of back to the system, where it is glibc.
 
-    Large tensors come and go with every layer; a page that is new to the process costs more than to write it.
+    Large tensors come and go with every layer, and the system clears every page that it gives out. Of itself glibc
+    keeps no block of more than 32 MB; `largest`, in bytes, is more.
     """
     import ctypes
 
-    threshold_of_trim, threshold_of_mmap, gigabyte = -1, -3, 2**30  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    threshold_of_trim, threshold_of_mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
-        set_option(threshold_of_mmap, gigabyte)
-        set_option(threshold_of_trim, gigabyte)
+        set_option(threshold_of_mmap, largest)
+        set_option(threshold_of_trim, largest)
 
 
 def keep_compiled() -> None:

@@ -14,22 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import ArgumentParser, run, warn
+from ldm.cli import ArgumentParser, nearest, number, run, warn
 from ldm.errors import DataError, SettingError
 
 if TYPE_CHECKING:
     from ldm.evaluation.speed import Comparison
 
-ROOT = Path(__file__).resolve().parent.parent
+TXT2IMG = str(Path(__file__).resolve().with_name("txt2img.py"))
 EPILOG = """examples:
   python scripts/benchmark.py --out before.json
-  python scripts/benchmark.py --only unet,decode --repeat 7 --baseline before.json
+  python scripts/benchmark.py --only unet,decode --repeat 7 --compare before.json --plot ratios.svg
+  python scripts/benchmark.py --only options --repeat 3
   python scripts/benchmark.py --device cuda --batch 1,16 --compile
-All weights are random: speed and memory do not depend on them. The contenders take turns, so that what drifts meets all
-of them alike; a ratio is the median of the ratios of all turns. The roofline is measured first, in the same run: a
-square matrix product, and a 3x3 convolution of 320 channels. Memory is the peak of a process of its own."""
-PROCESSES = ("start", "sample")
-PARTS = (*PROCESSES, "text", "unet", "decode", "encode", "attention", "train")
+parts:
+  help, start, sample                        whole processes: txt2img.py --help; until the UNet is asked; a picture
+  text, unet, decode, encode, train          our networks beside those of diffusers
+  attention, layers, networks                what is computed otherwise for pictures, beside the plain computation
+  bundle, options                            the model that ships; what options that change the picture spare and cost
+All weights but the bundle's are random: speed and memory do not depend on them. The contenders take turns, so that what
+drifts meets all of them alike; a ratio is the median of the ratios of all turns. The roofline is measured first, in the
+same run: a square matrix product, and a 3x3 convolution of 320 channels. Memory is the peak of a process of its own.
+Reading data is not among the parts: benchmark_data.py counts processor time of one core, not turns by the clock."""
+ALONE = ("help", "bundle")  # processes that have nothing to compare with, and are short
+PROCESSES = (*ALONE, "start", "sample")
+INSIDE = ("text", "unet", "decode", "encode", "attention", "layers", "networks", "train", "bundle", "options")
+PARTS = tuple(dict.fromkeys((*PROCESSES, *INSIDE)))
 PROMPT = "a red circle to the left of a blue square"
 Figures = dict[str, dict[str, Any]]
 
@@ -47,8 +56,8 @@ def parser() -> ArgumentParser:
     made.add_argument("--compile", action="store_true", help="the UNet also compiled, ours and theirs")
     made.add_argument("--quick", action="store_true", help="one turn at 256 pixels: to see that it runs")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    made.add_argument("--baseline", type=Path, metavar="FILE", help="compare with the figures of an earlier run")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    made.add_argument("--plot", type=Path, metavar="FILE", help="write the ratios as bars, as SVG")
+    made.add_argument("--compare", type=Path, metavar="FILE", help="compare with the figures of an earlier run")
     made.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # one whole process
     return made
 
@@ -60,17 +69,17 @@ def main() -> None:
         child(*args.child)
         return
     chosen, batches, repeat, side, steps = checked(args)
-    before = read_baseline(args.baseline) if args.baseline else {}
+    before = read_figures(args.compare) if args.compare else {}
     with_theirs = find_spec("diffusers") is not None
     if not with_theirs:
         warn("diffusers: not installed, so nothing is compared with it; install the extra parity")
     figures: Figures = {"machine": machine()}
     whole = [part for part in PROCESSES if part in chosen]
     if whole:
-        for what, found in processes(whole, args, with_theirs, min(repeat, 2), side, steps):
+        for what, found in processes(whole, args, with_theirs, repeat, side, steps):
             figures[what] = found
             show(what, found)
-    if set(chosen) - set(PROCESSES):
+    if set(chosen) & set(INSIDE):
         for batch in batches:
             for comparison in contests(chosen, args, with_theirs, repeat, side, batch, figures):
                 figures[comparison.what] = comparison.values()
@@ -79,11 +88,12 @@ def main() -> None:
         show_change(before, figures)
     if args.out:
         args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        args.plot.write_text(plot(figures), encoding="utf-8")
 
 
 def checked(args: argparse.Namespace) -> tuple[list[str], list[int], int, int, int]:
     """What to measure, and the numbers of the flags. Raises SettingError."""
-    from ldm.cli import nearest
     from ldm.outputs import check_writable
     from ldm.request import whole
 
@@ -91,17 +101,15 @@ def checked(args: argparse.Namespace) -> tuple[list[str], list[int], int, int, i
     for name in chosen:
         if name not in PARTS:
             raise SettingError(f"only: no part {name[:40]!r}{nearest(name[:40], PARTS)}; use of {', '.join(PARTS)}")
-    try:
-        side = whole(64, 2048, 512)(args.side or (256 if args.quick else 512))
-        repeat = whole(1, 1000, 5)(args.repeat or (1 if args.quick else 5))
-        steps = whole(1, 1000, 4)("1" if args.quick else args.steps)
-        batches = [whole(1, 1000, 1)(text) for text in args.batch.split(",")]
-    except ValueError as error:
-        raise SettingError(f"side, repeat, steps, batch: {error}") from None
+    side = number("side", whole(64, 2048, 512), args.side or ("256" if args.quick else "512"))
+    repeat = number("repeat", whole(1, 1000, 5), args.repeat or ("1" if args.quick else "5"))
+    steps = number("steps", whole(1, 1000, 4), "1" if args.quick else args.steps)
+    batches = [number("batch", whole(1, 1000, 1), text) for text in args.batch.split(",")]
     if side % 64:
         raise SettingError(f"side: {side} is not a multiple of 64; use 512")
-    if args.out:
-        check_writable(args.out.parent)
+    for path in (args.out, args.plot):
+        if path is not None:
+            check_writable(path.parent)
     return chosen, batches, repeat, side, steps
 
 
@@ -131,6 +139,7 @@ def contests(
 
     import torch
 
+    from ldm.evaluation.bundled import BUNDLED
     from ldm.evaluation.contests import CONTESTS, Bench
     from ldm.evaluation.speed import roofline
     from ldm.machine import find_device, find_dtype, keep_freed_memory
@@ -145,15 +154,16 @@ def contests(
         rates = f"convolution {found.convolution / 1e9:,.0f}, product {found.product / 1e9:,.0f} GFLOP/s"
         print(f"roofline, {dtype}: {rates}", flush=True)
     keep_freed_memory()
+    known = CONTESTS | BUNDLED
     for name in chosen:
-        if name in CONTESTS:
-            yield from CONTESTS[name](bench)
+        if name in known:
+            yield from known[name](bench)
 
 
 def processes(
     kinds: Sequence[str], args: argparse.Namespace, with_theirs: bool, repeat: int, side: int, steps: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Whole processes: until the UNet is first asked, and until the picture is written; with their memory."""
+    """Whole processes: until help is there, the UNet is first asked, or the picture is written; with their memory."""
     import torch
 
     from ldm.evaluation.processes import ended
@@ -167,21 +177,31 @@ def processes(
     if with_theirs:
         programs |= {"diffusers, default": ("diffusers", "float32"), "diffusers, best": ("diffusers", best)}
     with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
-        model, config = write(Path(folder))
+        stand_in = write(Path(folder)) if set(kinds) - set(ALONE) else ()
+        given = (str(device), *map(str, stand_in), str(steps), str(side), f"{folder}/picture.png")
+        drawing = ("--prompt", PROMPT, "--device", str(device), "--dtype", best, "--outdir", folder)
         for kind in kinds:
-            peaks: dict[str, list[int]] = {name: [] for name in programs}
+            if kind in ALONE:
+                commands = {"ldm": (TXT2IMG, *(("--help",) if kind == "help" else drawing))}
+            else:
+                commands = {name: (__file__, "--child", kind, *one, *given) for name, one in programs.items()}
+            peaks: dict[str, list[int]] = {name: [] for name in commands}
 
-            def work(name: str, kind: str = kind, peaks: dict[str, list[int]] = peaks) -> None:
-                given = (kind, *programs[name], str(device), str(model), str(config), str(steps), str(side))
-                command = [sys.executable, __file__, "--child", *given, f"{folder}/picture.png"]
-                peaks[name].append(ended(command)[1])
+            def work(name: str, command: Sequence[str], peaks: dict[str, list[int]] = peaks) -> None:
+                peaks[name].append(ended([sys.executable, *command])[1])
 
-            contenders = {name: partial(work, name) for name in programs}
-            found = compare(kind, contenders, repeat, torch.device("cpu"), warm_up=kind == "start").values()
+            contenders = {name: partial(work, name, command) for name, command in commands.items()}
+            turns = repeat if kind in ALONE else min(repeat, 2)
+            found = compare(kind, contenders, turns, torch.device("cpu"), warm_up=kind != "sample").values()
             for name, one in found["contenders"].items():  # type: ignore[attr-defined]  # JSON values
                 one["peak"] = max(peaks[name])
-            words = {"start": "from the start of the process to the first call of the UNet"}
-            yield words.get(kind, f"whole process, {steps} steps, {side}x{side}"), found
+            words = {
+                "help": "txt2img.py --help, the whole process",
+                "bundle": "the bundle, from the start of the process to its end, with a picture",
+                "start": "from the start of the process to the first call of the UNet",
+                "sample": f"whole process, {steps} steps, {side}x{side}",
+            }
+            yield words[kind], found
 
 
 def child(
@@ -200,7 +220,7 @@ def child(
     if program == "ldm":
         flags = ["--model", model, "--prompt", PROMPT, "--steps", steps, "--size", f"{side}x{side}", "--seed", "1"]
         sys.argv = ["txt2img.py", *flags, "--device", device, "--dtype", dtype, "--output", to]
-        runpy.run_path(str(ROOT / "scripts" / "txt2img.py"), run_name="__main__")
+        runpy.run_path(TXT2IMG, run_name="__main__")
     else:
         draw_with_diffusers(dtype, device, model, config, int(steps), int(side), to)
 
@@ -228,18 +248,30 @@ def draw_with_diffusers(dtype: str, device: str, model: str, config: str, steps:
 def show(what: str, found: Mapping[str, Any]) -> None:
     """Print the figures of one contest as a table."""
     print(f"\n{what}" + ("" if found["quiet"] else " (other programs had part of the machine)"))
-    print("| | seconds | spread | of the roofline | peak memory | we are faster |\n|---|---|---|---|---|---|")
+    print("| | seconds | spread | of the roofline | peak memory | takes, of the first | pictures |")
+    print("|---|---|---|---|---|---|---|")
     for name, one in found["contenders"].items():
         seconds = one["seconds"]
         spread = f"{min(seconds):.4g} to {max(seconds):.4g}"
         roofline = f"{100 * one['of_roofline']:.0f} %" if one.get("of_roofline") else ""
         memory = f"{one['peak'] / 1e6:,.0f} MB" if "peak" in one else ""
         ratio = found["times_as_fast"].get(name)
-        faster = "" if ratio is None else f"{ratio[0]:.2f} times ({ratio[1]:.2f} to {ratio[2]:.2f})"
-        print(f"| {name} | {one['median']:.4g} | {spread} | {roofline} | {memory} | {faster} |", flush=True)
+        takes = "" if ratio is None else f"{ratio[0]:.2f} times ({ratio[1]:.2f} to {ratio[2]:.2f})"
+        other = found["differs"].get(name)
+        pictures = f"latents {100 * other['latent']:.1f} % off, {other['psnr']:.1f} dB" if other else ""
+        cells = (name, f"{one['median']:.4g}", spread, roofline, memory, takes, pictures)
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def read_baseline(path: Path) -> Figures:
+def plot(figures: Figures) -> str:
+    """A bar for each contender, as long as it takes, of what the first one takes."""
+    from ldm.evaluation.plots import bars
+
+    ratios = {what: found.get("times_as_fast") for what, found in figures.items()}
+    return bars({what: {name: tuple(ratio) for name, ratio in row.items()} for what, row in ratios.items() if row})
+
+
+def read_figures(path: Path) -> Figures:
     """The figures of an earlier run. Raises DataError."""
     try:
         found: Figures = json.loads(path.read_text(encoding="utf-8"))

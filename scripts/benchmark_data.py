@@ -43,7 +43,6 @@ def parser() -> ArgumentParser:
     )
     made.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs that are to be fed (8)")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 

@@ -1,7 +1,6 @@
 """Measure how time and memory of a whole drawing grow with size, pictures at once, steps and length of the prompt."""
 
 import json
-import math
 import re
 import sys
 import tempfile
@@ -10,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import ArgumentParser, run
+from ldm.cli import ArgumentParser, number, run
 from ldm.errors import MachineError, SettingError
 
 EPILOG = """examples:
@@ -39,25 +38,22 @@ def parser() -> ArgumentParser:
     made.add_argument("--repeat", default="3", metavar="N", help="processes of each point; the fastest counts [3]")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     made.add_argument("--plot", type=Path, metavar="FILE", help="write a plot as SVG")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
 def main() -> None:
     """Draw with every value of every axis; print tables in Markdown, and draw them."""
     args = parser().parse_args()
-    from ldm.bundle import DEFAULT
+    from ldm.formats.finding import DEFAULT
     from ldm.outputs import check_writable
     from ldm.request import whole
 
     axes = args.axes.split(",")
     if unknown := [name for name in axes if name not in AXES]:
         raise SettingError(f"axes: no axis {unknown[0][:40]!r}; use of {', '.join(AXES)}")
-    try:
-        others = {"side": whole(64, 2048, 256)(args.side), "steps": whole(1, 1000, 10)(args.steps)}
-        repeat = whole(1, 100, 3)(args.repeat)
-    except ValueError as error:
-        raise SettingError(f"side, steps, repeat: {error}") from None
+    side = number("side", whole(64, 2048, 256), args.side)
+    others = {"side": side, "steps": number("steps", whole(1, 1000, 10), args.steps)}
+    repeat = number("repeat", whole(1, 100, 3), args.repeat)
     for path in (args.out, args.plot):
         if path is not None:
             check_writable(path.parent)
@@ -97,63 +93,48 @@ def drawn(model: str, asked: Mapping[str, int]) -> tuple[float, float]:
 
 def operations_of(model: str, asked: Mapping[str, int]) -> float:
     """Operations of UNet and decoder for these pictures, counted on networks that compute nothing."""
-    import torch
+    from ldm.bundle import read_config
+    from ldm.evaluation.bundled import work_of
+    from ldm.formats.finding import find
 
-    from ldm.bundle import find, read_config
-    from ldm.evaluation.speed import operations
-    from ldm.models.model_config import build
-
-    config = read_config(find(model))
-    size, count = asked["side"] // config.autoencoder.factor, asked["batch"]
-    with torch.device("meta"):
-        autoencoder, _, unet = build(config)
-        latent = torch.empty(count, config.autoencoder.latent_channels, size, size)
-        given = torch.empty(2 * count, *latent.shape[1:]), torch.empty(2 * count)
-        states = torch.empty(2 * count, 77, config.unet.context_width)
-    steps = operations(lambda: unet(*given, states)).total * asked["steps"]
-    return steps + operations(lambda: autoencoder.decode(latent)).total
+    step, decoding = work_of(read_config(find(model)), asked["batch"], asked["side"], asked["side"])
+    return step.total * asked["steps"] + decoding.total
 
 
 def plot(figures: Mapping[str, Points]) -> str:
     """A panel for each axis, both scales logarithmic, as SVG: seconds with what is expected dashed, and gigabytes."""
+    from ldm.evaluation.plots import page
+
     width, height = 380, 300
     panels = [panel(axis, points, width, height) for axis, points in figures.items()]
-    placed = "".join(f'<g transform="translate({width * index} 0)">{one}</g>' for index, one in enumerate(panels))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(panels)} {height}" '
-        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>{placed}</svg>\n'
-    )
+    placed = [f'<g transform="translate({width * index} 0)">{one}</g>' for index, one in enumerate(panels)]
+    return page(width * len(panels), height, placed)
 
 
 def panel(axis: str, points: Points, width: int, height: int) -> str:
     """The lines of one axis."""
+    from ldm.evaluation.plots import logarithmic
+
     margin, values = 45, sorted(points)
     lines = {
         "seconds": ([points[value][0] for value in values], "#06c", ""),
         "expected": ([points[value][1] for value in values], "#06c", ' stroke-dasharray="4 3"'),
         "GB": ([points[value][2] / 1e9 for value in values], "#c50", ""),
     }
-    every = [max(number, 1e-3) for numbers, _, _ in lines.values() for number in numbers]
-    low, high = math.log(min(every)), math.log(max(every))
-
-    def x(value: float) -> float:
-        return margin + (width - 2 * margin) * math.log(value / values[0]) / (math.log(values[-1] / values[0]) or 1.0)
-
-    def y(number: float) -> float:
-        share = (high - math.log(max(number, 1e-3))) / ((high - low) or 1.0)
-        return margin + (height - 2 * margin) * share
-
+    every = [max(amount, 1e-3) for amounts, _, _ in lines.values() for amount in amounts]
+    x = logarithmic(values[0], values[-1], margin, width - margin)
+    y = logarithmic(min(every), max(every), height - margin, margin)
     parts = [f'<text x="{width / 2:.0f}" y="{height - 6}" text-anchor="middle">{axis}</text>']
     parts += [f'<text x="{x(v):.0f}" y="{height - 22}" text-anchor="middle">{v}</text>' for v in values]
-    for name, (numbers, colour, dash) in lines.items():
-        path = " ".join(f"{x(value):.1f},{y(number):.1f}" for value, number in zip(values, numbers, strict=True))
+    for name, (amounts, colour, dash) in lines.items():
+        path = " ".join(f"{x(value):.1f},{y(amount):.1f}" for value, amount in zip(values, amounts, strict=True))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>')
         if not dash:
             parts.append(
-                f'<text x="{margin}" y="{y(numbers[0]) - 6:.0f}" fill="{colour}">{numbers[0]:.3g} {name}</text>'
+                f'<text x="{margin}" y="{y(amounts[0]) - 6:.0f}" fill="{colour}">{amounts[0]:.3g} {name}</text>'
             )
-            last = f"{numbers[-1]:.3g} {name}"
-            end = f'x="{width - 5}" y="{y(numbers[-1]) - 6:.0f}" text-anchor="end"'
+            last = f"{amounts[-1]:.3g} {name}"
+            end = f'x="{width - 5}" y="{y(amounts[-1]) - 6:.0f}" text-anchor="end"'
             parts.append(f'<text {end} fill="{colour}">{last}</text>')
     return "".join(parts)
 

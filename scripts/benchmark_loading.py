@@ -26,7 +26,6 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, prog="benchmark_loading.py")
     made.add_argument("--folder", type=Path, metavar="FOLDER", help="where the file is made [the temporary folder]")
     made.add_argument("--repeat", type=int, default=3, metavar="N", help="loads of each kind; the fastest counts [3]")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     made.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)  # one load, in a process of its own
     return made
 

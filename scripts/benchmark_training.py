@@ -58,7 +58,6 @@ def parser() -> ArgumentParser:
     made.add_argument("--no-theirs", action="store_true", help="ours alone, without diffusers")
     made.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda (auto)")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 

@@ -1,16 +1,14 @@
 """Compare samplers at equal cost: how right and how converged pictures are after a number of model calls."""
 
 import json
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import ArgumentParser, run
-from ldm.errors import SettingError
+from ldm.cli import ArgumentParser, number, run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,17 +34,17 @@ def parser() -> ArgumentParser:
     made.add_argument("--batch-size", default="8", metavar="N", help="pictures drawn at once [8]")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     made.add_argument("--plot", type=Path, metavar="FILE", help="write a plot as SVG")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
 def main() -> None:
     """Draw the same prompts and seeds with every sampler and number of calls; print a table in Markdown."""
     args = parser().parse_args()
-    from ldm.bundle import DEFAULT, Bundle
+    from ldm.bundle import Bundle
     from ldm.data.shapes import held_out_prompts
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.evaluation.scores import score_shapes
+    from ldm.formats.finding import DEFAULT
     from ldm.machine import find_device, find_dtype
     from ldm.outputs import check_writable
     from ldm.pipeline import TextToImage
@@ -54,7 +52,7 @@ def main() -> None:
 
     suited = [name for name, method in SAMPLERS.items() if method.calls and not method.distilled]
     names = args.samplers.split(",") if args.samplers else suited
-    count = number("num-images", whole(1, 10_000, 32), args.num_images)
+    count = number("num_images", whole(1, 10_000, 32), args.num_images)
     budgets = [number("calls", whole(1, 1000, 20), text) for text in args.calls.split(",")]
     asked = {
         name: GenerationRequest(prompt="any", sampler=name, schedule=args.schedule, batch_size=args.batch_size)
@@ -91,14 +89,6 @@ def main() -> None:
         args.plot.write_text(plot({name: {c: f[1] for c, f in of.items()} for name, of in figures.items()}))
 
 
-def number(flag: str, read: Callable[[str], int], text: str) -> int:
-    """What a flag says. Raises SettingError where it is not in range."""
-    try:
-        return read(text)
-    except ValueError as error:
-        raise SettingError(f"--{flag}: {error}") from None
-
-
 def steps_of(request: "GenerationRequest", calls: int, engine: "TextToImage") -> int:
     """The most steps in which one picture takes at most `calls` model calls; 0 where even one step takes more."""
     from ldm.pipeline import network_calls
@@ -120,20 +110,15 @@ def difference(images: "Sequence[Image]", reference: "Sequence[Image]") -> float
 
 def plot(lines: Mapping[str, Mapping[int, float]]) -> str:
     """Difference against calls, both logarithmic, as SVG; the names stand where the lines end."""
+    from ldm.evaluation.plots import logarithmic, page
+
     width, height, margin = 760, 460, 50
     calls = sorted({call for line in lines.values() for call in line})
     values = [max(value, 1e-2) for line in lines.values() for value in line.values()]
-    low, high = math.log(min(values)), math.log(max(values))
-
-    def x(call: float) -> float:
-        span = math.log(calls[-1] / calls[0]) or 1.0
-        return margin + (width - 200 - margin) * math.log(call / calls[0]) / span
-
-    def y(value: float) -> float:
-        return margin + (height - 2 * margin) * (high - math.log(max(value, 1e-2))) / ((high - low) or 1.0)
-
+    x = logarithmic(calls[0], calls[-1], margin, width - 200)
+    y = logarithmic(min(values), max(values), height - margin, margin)
     parts = [f'<text x="{x(c):.0f}" y="{height - 20}" text-anchor="middle">{c} calls</text>' for c in calls]
-    ticks = [v for v in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if math.exp(low) <= v <= math.exp(high)]
+    ticks = [v for v in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if min(values) <= v <= max(values)]
     parts += [f'<text x="{margin - 8}" y="{y(v) + 4:.0f}" text-anchor="end">{v:g}</text>' for v in ticks]
     ends = sorted((y(line[max(line)]), name) for name, line in lines.items() if line)
     place = 0.0
@@ -145,11 +130,7 @@ def plot(lines: Mapping[str, Mapping[int, float]]) -> str:
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         parts.append(f'<path d="M{right:.0f} {end:.0f}L{width - 155} {place:.0f}" stroke="{colour}" opacity=".4"/>')
         parts.append(f'<text x="{width - 150}" y="{place + 4:.0f}" fill="{colour}">{name}</text>')
-    drawn = max(height, int(place) + 30)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {drawn}" font-family="sans-serif" '
-        f'font-size="12"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
-    )
+    return page(width, max(height, int(place) + 30), parts)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Loading adds no more memory than the model needs: no second copy, no mapped pages left resident."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ from conftest import environment
 
 from ldm.bundle import Bundle
 from ldm.config import validate
+from ldm.formats.fill import fill
+from ldm.formats.read import open_model
 from ldm.models.model_config import ModelConfig, build
+from ldm.nn.memory import peak_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # About 60 million parameters; no tensor has more than a tenth of them.
@@ -62,3 +66,17 @@ def test_loading_adds_at_most_what_the_model_needs(saved: dict[str, Path], layou
     added, needed = json.loads(done.stdout)
     assert needed > 100e6
     assert added <= 1.15 * needed, f"{added / needed:.2f} times what the model needs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_networks_are_filled_with_one_part_of_a_tensor_beside_them(saved: dict[str, Path], dtype: torch.dtype) -> None:
+    opened = open_model(saved["single file"])
+    with torch.device("meta"):
+        _, _, unet = build(opened.config)
+    largest = max(math.prod(tensor.shape) for tensor in opened.parts["unet"].values())
+    counted_though_not_there = sum(tensor.nbytes for tensor in unet.state_dict().values())
+    peak = peak_of(lambda: fill(unet, opened.parts["unet"], saved["single file"], dtype)) - counted_though_not_there
+    weights = sum(tensor.nbytes for tensor in unet.state_dict().values())
+    assert weights <= peak <= weights + largest * dtype.itemsize
+    kernel = unet.conv_in.weight
+    assert kernel.dtype == dtype and kernel.is_contiguous(memory_format=torch.channels_last)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -9,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Script
+from conftest import SCRIPTS, Script
 
 from ldm.errors import MachineError
-from ldm.evaluation import contests, speed, stand_in
-from ldm.evaluation.contests import BEST, CONTESTS, DEFAULT, OURS, Bench
+from ldm.evaluation import bundled, contests, speed, stand_in
+from ldm.evaluation.bundled import BUNDLED
+from ldm.evaluation.contests import BEST, CONTESTS, DEFAULT, OURS, PLAIN, Bench
+from ldm.evaluation.plots import bars, logarithmic
 from ldm.evaluation.processes import ended
 from ldm.evaluation.speed import Comparison, Operations, Roofline, Timing, compare, operations
 from ldm.models.autoencoder import Gaussian
@@ -91,8 +95,56 @@ def test_others_are_who_used_the_processors_and_is_not_us(tmp_path: Path, monkey
     assert speed.foreign() == 0.0, "nobody tells"
 
 
+@pytest.mark.parametrize("name", ["layers", "networks"])
+def test_what_is_computed_otherwise_has_the_plain_result(
+    tiny: None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+
+    def once(what: str, contenders: dict[str, Callable[[], object]], *rest: object) -> Comparison:
+        ours, plain = (tensor_of(contenders[who]()) for who in (OURS, PLAIN))
+        assert ours.norm() > 0 and float((ours - plain).norm() / plain.norm()) < 1e-5, what
+        compared.append(what)
+        return Comparison(what, {who: Timing([1.0], [0.0]) for who in contenders}, Operations())
+
+    monkeypatch.setattr(contests, "compare", once)
+    assert list(CONTESTS[name](Bench(CPU, torch.float32, 64, 1, 1, compiled=False, with_theirs=False)))
+    assert len(set(compared)) == {"layers": 4, "networks": 2}[name]
+
+
+def test_the_bundle_is_measured_and_its_options_are_set_beside_plain_pictures(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundled, "DEFAULT", str(tiny_folder))
+    options = {"plain": {}, "the same": {"reuse": 1}, "reuse": {"reuse": 2}, "merged": {"merge_tokens": 0.75}}
+    monkeypatch.setattr(bundled, "OPTIONS", options)
+    monkeypatch.setattr(bundled, "PROMPTS", 2)
+    bench = Bench(CPU, torch.float32, 64, 2, 1, compiled=False, with_theirs=False)
+    bench.rooflines = {str(torch.float32): Roofline(1e12, 1e12)}
+    picture, preview, step, decode = BUNDLED["bundle"](bench)
+    assert picture.operations.total == 4 * step.operations.total + decode.operations.total
+    assert preview.operations == step.operations and 0 < step.of_roofline[OURS] < 1
+    (found,) = BUNDLED["options"](bench)
+    same, reused, merged = (found.differs[name] for name in list(options)[1:])
+    assert (same.latent, same.psnr) == (0.0, 100.0)
+    assert all(0 < other.latent < 1 and 5 < other.psnr < 100 for other in (reused, merged))
+    assert found.values()["differs"] == {name: vars(found.differs[name]) for name in list(options)[1:]}
+
+
+def test_bars_are_as_long_as_ratios_say() -> None:
+    drawn = bars({"a": {"x": (2.0, 1.5, 4.0), "y": (0.5, 0.5, 0.5)}, "b": {"x": (1.0, 0.25, 1.0)}})
+    assert ET.fromstring(drawn) is not None and ET.fromstring(bars({})) is not None, "nothing to compare is no error"
+    places = [
+        (float(x), float(width)) for x, width in re.findall(r'<rect x="([0-9.]+)" y="\d+" width="([0-9.]+)"', drawn)
+    ]
+    (twice, long), (half, as_long), (one, nothing) = places
+    assert long == as_long > 0 and nothing == 0.0 and twice == one == pytest.approx(half + as_long)
+    place = logarithmic(1.0, 100.0, 10.0, 30.0)
+    assert [place(number) for number in (0.1, 1.0, 10.0, 100.0)] == pytest.approx([10.0, 10.0, 20.0, 30.0])
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("name", CONTESTS)
+@pytest.mark.parametrize("name", [name for name in CONTESTS if name not in ("layers", "networks")])
 def test_every_contest_has_the_same_result_for_all(tiny: None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     open_clip_module()
     pytest.importorskip("diffusers")
@@ -130,17 +182,28 @@ def test_the_script_writes_figures_and_compares_them(
     assert first.code == 0, first.err
     figures = json.loads(out.read_text())
     assert figures["decode, batch 1"]["contenders"]["ldm"]["of_roofline"] > 0
-    assert "we are faster" in first.out
-    second = script(*flags, "--baseline", out)
+    assert "takes, of the first" in first.out
+    second = script(*flags, "--compare", out, "--plot", tmp_path / "ratios.svg")
     assert "| decode, batch 1 |" in second.out and "times as fast" in second.out
+    assert "diffusers, best" in (tmp_path / "ratios.svg").read_text()
+
+
+def test_help_is_a_process_that_is_measured(in_process: Callable[[str], Script], tmp_path: Path) -> None:
+    ended = in_process("benchmark.py")("--quick", "--only", "help", "--device", "cpu", "--out", tmp_path / "out.json")
+    assert ended.code == 0, ended.err
+    (found,) = (figure for what, figure in json.loads((tmp_path / "out.json").read_text()).items() if "help" in what)
+    ours = found["contenders"][OURS]
+    assert ours["median"] > 0 and 5e6 < ours["peak"] < 150e6, "without torch"
 
 
 def test_the_script_says_what_is_wrong_before_it_measures(in_process: Callable[[str], Script], tmp_path: Path) -> None:
+    assert set(runpy.run_path(str(SCRIPTS / "benchmark.py"))["INSIDE"]) == {*CONTESTS, *BUNDLED}
     script = in_process("benchmark.py")
+    assert script("--repeat", "0").errors == ["error: repeat: 0 is not between 1 and 1000; use 5"]
     assert "did you mean 'unet'" in script("--only", "uent").errors[0]
     assert script("--side", "100").errors == ["error: side: 100 is not a multiple of 64; use 512"]
     (tmp_path / "old.json").write_text("[]")
-    assert script("--baseline", tmp_path / "old.json").code == 3
+    assert script("--compare", tmp_path / "old.json").code == 3
 
 
 @pytest.mark.slow
@@ -157,6 +220,7 @@ def test_growth_is_measured_and_drawn_beside_what_is_expected(
     assert points["16"][1] == pytest.approx(16 * seconds, abs=0.02), "sixteen pictures are sixteen times the work"
     ET.parse(plot)
     assert "axes: no axis 'bath'" in script("--axes", "bath").errors[0]
+    assert script("--steps", "many").errors == ["error: steps: many is not a whole number; use 10"]
 
 
 def test_memory_of_a_process_is_its_own_and_not_that_of_who_starts_it() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import guided
@@ -15,11 +16,14 @@ from ldm.diffusion.schedule import scaled_linear
 from ldm.evaluation import stand_in
 from ldm.evaluation.speed import Comparison, Operations, Roofline, Work, compare, operations
 from ldm.evaluation.stand_in import StandIn, Theirs, shapes
+from ldm.machine import keep_freed_memory
 from ldm.models.unet import UNet, UNetConfig
+from ldm.nn import cpu
 from ldm.nn.attention import attention as our_attention
-from ldm.nn.layers import channels_last
+from ldm.nn.layers import GEGLU, Module, ResBlock, Upsample, channels_last, silu
 
 OURS, DEFAULT, BEST = "ldm", "diffusers, default", "diffusers, best"
+PLAIN = "plain"
 PROMPT = "a red circle to the left of a blue square"
 
 
@@ -174,6 +178,63 @@ def attention(bench: Bench) -> Iterator[Comparison]:
             yield bench.compare(f"attention {rows} to {columns}, {heads} heads {width} wide", contenders, work)
 
 
+def layers(bench: Bench) -> Iterator[Comparison]:
+    """What layers compute otherwise for pictures on a CPU, each beside the plain computation, as large as in SD 1.5."""
+    batch, size, side = bench.batch, bench.side // 8, bench.side
+
+    def put(module: Module) -> Module:
+        return channels_last(module.to(bench.device, bench.dtype).eval().requires_grad_(False))
+
+    states, deep = (bench.given(OURS, (n, c, size, size)) for n, c in ((2 * batch, 320), (batch, 512)))
+    large, pixels = bench.given(OURS, (batch, 128, side, side)), rearrange(states, "b c h w -> b (h w) c")
+    conv, turned = put(nn.Conv2d(320, 320, 3, padding=1)), nn.Conv2d(320, 320, 3, padding=1).to(states)
+    turned.load_state_dict(conv.state_dict())
+    up, gate, block = put(Upsample(512)), put(GEGLU(320, 1280)), put(ResBlock(128, 128, groups=32, eps=1e-6))
+    block.sparing = True
+
+    def gated() -> Tensor:
+        value, gates = gate.proj(pixels).chunk(2, dim=-1)
+        return value * F.gelu(gates)
+
+    def whole() -> Tensor:
+        return large + block.conv2(silu(block.norm2(block.conv1(silu(block.norm1(large))))))
+
+    tasks: dict[str, tuple[Work, Work, Operations]] = {
+        "weights channels_last": (
+            lambda: conv(states), lambda: turned(states), Operations(18.0 * 320 * states.numel())
+        ),
+        "enlarging, four 2x2 convolutions": (
+            lambda: cpu.doubled(deep, up.conv), lambda: up.conv(F.interpolate(deep, scale_factor=2.0)),
+            Operations(4 * 18.0 * 512 * deep.numel()),
+        ),
+        "GEGLU, a product for each half": (
+            lambda: cpu.gated(pixels, gate.proj), gated, Operations(product=2.0 * 2560 * pixels.numel())
+        ),
+        "decoder's block in bands": (lambda: block(large), whole, Operations(2 * 18.0 * 128 * large.numel())),
+    }  # fmt: skip
+    for what, (ours, plain, work) in tasks.items():
+        yield bench.compare(f"{what}, batch {batch}", {OURS: ours, PLAIN: plain}, work)
+
+
+def networks(bench: Bench) -> Iterator[Comparison]:
+    """What a whole step and a whole decoding do otherwise: what both texts share, and memory that is kept."""
+    unet, x, width = bench.ours.unet, bench.latent(OURS), bench.ours.config.unet.context_width
+    texts, t = bench.given(DEFAULT, (2 * bench.batch, 77, width)).to(x.dtype), x.new_full((bench.batch,), 500.0).float()
+    shared: dict[str, Work] = {
+        OURS: lambda: unet(x, t, texts),
+        PLAIN: lambda: unet(torch.cat([x, x]), torch.cat([t, t]), texts),
+    }
+    yield bench.compare(f"states before the texts once, batch {bench.batch}", shared, Operations())
+
+    def decoded(largest: int) -> object:
+        keep_freed_memory(largest)
+        return bench.ours.autoencoder.decode(x.float())
+
+    kept: dict[str, Work] = {OURS: partial(decoded, 2**30), PLAIN: partial(decoded, 2**25)}
+    yield bench.compare(f"decode, freed memory kept, batch {bench.batch}", kept, Operations())
+    keep_freed_memory()
+
+
 def train(bench: Bench) -> Iterator[Comparison]:
     """A training step of the UNet in mixed precision: loss, gradients and AdamW; on CPUs it is a fifth as wide."""
     cuda = bench.device.type == "cuda"
@@ -215,4 +276,13 @@ def train(bench: Bench) -> Iterator[Comparison]:
     yield bench.compare(f"training step, batch {count}", contenders, work, torch.bfloat16)
 
 
-CONTESTS = {"text": text, "unet": unet, "decode": decode, "encode": encode, "attention": attention, "train": train}
+CONTESTS = {
+    "text": text,
+    "unet": unet,
+    "decode": decode,
+    "encode": encode,
+    "attention": attention,
+    "layers": layers,
+    "networks": networks,
+    "train": train,
+}

@@ -62,6 +62,14 @@ class Timing:
         return (max(self.seconds) - min(self.seconds)) / self.median
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How far pictures are from those of the first contender: norm of latents' difference, relative; PSNR in dB."""
+
+    latent: float
+    psnr: float
+
+
 @dataclass
 class Comparison:
     """The same work by several contenders, of whom the first is ours."""
@@ -71,6 +79,8 @@ class Comparison:
     operations: Operations
     # Share of the roofline of the number format in which each contender computes.
     of_roofline: dict[str, float] = field(default_factory=dict)
+    # Of contenders that draw other pictures than the first.
+    differs: dict[str, Difference] = field(default_factory=dict)
 
     def ratio(self, other: str) -> tuple[float, float, float]:
         """How many times as long the other takes as we do: the median of all turns, the least and the most."""
@@ -93,6 +103,7 @@ class Comparison:
                 name: {**asdict(timing), "median": timing.median, "of_roofline": self.of_roofline.get(name)}
                 for name, timing in self.timings.items()
             },
+            "differs": {name: asdict(difference) for name, difference in self.differs.items()},
             "times_as_fast": {name: list(self.ratio(name)) for name in others},
         }
 
