@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.bundle import Bundle
 from ldm.diffusion.conventions import route, sampler_of
-from ldm.diffusion.denoiser import Denoise, Denoiser, one_by_one
+from ldm.diffusion.denoiser import Denoise, Denoiser, Network, one_by_one
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.noise import NOISE_SOURCES
 from ldm.diffusion.route import Route, listed, walk
@@ -29,6 +29,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import MachineError, NotFiniteError
 from ldm.images import to_image
 from ldm.models.autoencoder import KLAutoencoder
+from ldm.models.merging import MergingUNet
 from ldm.models.model_config import ModelConfig, build
 from ldm.models.reuse import ReusingUNet
 from ldm.nn.memory import peak_of
@@ -141,9 +142,12 @@ class TextToImage:
         told = dict(zip(there.sigmas, there.timesteps, strict=False))
 
         def denoiser() -> Denoiser:
-            made = replace(self.bundle.denoiser, told=told)
-            # What is reused belongs to these images alone.
-            return made if request.reuse == 1 else replace(made, network=ReusingUNet(self.bundle.unet, request.reuse))
+            network: Network = self.bundle.unet
+            if request.reuse > 1:  # what is reused belongs to these images alone
+                network = ReusingUNet(self.bundle.unet, request.reuse)
+            if request.merge_tokens > 0.0:
+                network = MergingUNet(network, self.bundle.unet, request.merge_tokens)
+            return replace(self.bundle.denoiser, network=network, told=told)
 
         if not request.batch_exact:
             return self._guided(denoiser(), self._encode(prompts), request)
@@ -221,7 +225,6 @@ def memory_plan(
     """
     assert request.width and request.height and request.batch_size
     count, factor = min(request.num_images, request.batch_size), config.autoencoder.factor
-    passes = 1 if request.guidance_scale == 1 else 3 if request.perp_neg else 2
     with torch.device("meta"):
         autoencoder, text, unet = build(config)
         if sparing and isinstance(autoencoder, KLAutoencoder):
@@ -230,7 +233,7 @@ def memory_plan(
         unet, autoencoder = unet.to(dtype), autoencoder.to(dtype)
         shape = (count, autoencoder.latent_channels, request.height // factor, request.width // factor)
         latent = torch.empty(shape, dtype=dtype)
-        states = torch.empty(passes * count, 77, config.unet.context_width, dtype=dtype)
+        states = torch.empty(request.passes * count, 77, config.unet.context_width, dtype=dtype)
         step = peak_of(lambda: unet(latent, torch.empty(count), states))
         decode = peak_of(lambda: autoencoder.decode(latent))
     parts = [sum(t.nbytes for t in network.state_dict().values()) for network in (text, unet, autoencoder)]

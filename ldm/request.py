@@ -171,6 +171,7 @@ class GenerationRequest(Config):
     guidance_interval: Annotated[tuple[float, float] | None, BeforeValidator(optional(interval))] = None
     perp_neg: Annotated[float, BeforeValidator(decimal(0.0, 30.0, 1.0))] = 0.0
     reuse: Annotated[int, BeforeValidator(whole(1, 20, 1))] = 1
+    merge_tokens: Annotated[float, BeforeValidator(decimal(0.0, 0.75, 0.5))] = 0.0
     prompt_syntax: Annotated[str, BeforeValidator(one_of("prompt syntax", PROMPT_SYNTAXES))] = "plain"
     rng: Annotated[str, BeforeValidator(one_of("rng", RNGS))] = "keyed"
     seed: Annotated[int, BeforeValidator(whole(RANDOM_SEED, SEEDS - 1, "-1 for a random one"))] = RANDOM_SEED
@@ -197,6 +198,11 @@ class GenerationRequest(Config):
     def seeds(self) -> list[int]:
         """The seed of every image."""
         return [(self.seed + index) % SEEDS for index in range(self.num_images)]
+
+    @property
+    def passes(self) -> int:
+        """Texts that the network reads of each image in one call: the prompt; with guidance what is held against it."""
+        return 1 if self.guidance_scale == 1 else 3 if self.perp_neg else 2
 
     @property
     def listed_steps(self) -> int | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import ArgumentParser, printable, run, warn
+from ldm.cli import ArgumentParser, number, printable, run, warn
 from ldm.errors import DataError, SettingError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ SETTINGS = (
     "guidance_interval",
     "perp_neg",
     "reuse",
+    "merge_tokens",
     "prompt_syntax",
     "rng",
     "seed",
@@ -95,6 +96,9 @@ def parser() -> ArgumentParser:
     advanced = made.add_argument_group("advanced")
     add_sampling(advanced)
     advanced.add_argument("--reuse", metavar="N", help="1 … 20; ask coarse levels every Nth time: faster, worse [1]")
+    advanced.add_argument(
+        "--merge-tokens", metavar="X", help="0 … 0.75; pixels that attend as others do: faster, worse [0]"
+    )
     advanced.add_argument("--width", metavar="N", help="64 … 2048, instead of --size")
     advanced.add_argument("--height", metavar="N", help="64 … 2048, instead of --size")
     advanced.add_argument("--batch-size", metavar="N", help="pictures drawn at once [what has 512x512 pixels together]")
@@ -115,7 +119,6 @@ def parser() -> ArgumentParser:
     output.add_argument("--json", action="store_true", help="print one line of JSON for each picture")
     output.add_argument("--dry-run", action="store_true", help="print the settings and noise levels, and stop")
     output.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
-    output.add_argument("--debug", action="store_true", help="show the traceback of an error")
     output.add_argument("--version", action="version", version=f"ldm {version()}")
     for flag, name in OLD_NAMES.items():
         made.add_argument(flag, dest=name, help=argparse.SUPPRESS)
@@ -161,14 +164,15 @@ def main() -> None:
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # stdout is a text file
     requests = read_requests(args)
     preview_every = check_output(args, requests)
+    from ldm.formats.finding import DEFAULT, find
 
+    folder = find(args.model or DEFAULT)
     from ldm import bundle
     from ldm.machine import find_device, find_dtype, keep_compiled, keep_freed_memory
     from ldm.models.autoencoder import KLAutoencoder
     from ldm.pipeline import TextToImage, memory_plan
     from ldm.request import resolve, resolve_seed
 
-    folder = bundle.find(args.model or bundle.DEFAULT)
     config = bundle.read_config(folder, args.prediction)
     seed = resolve_seed(requests[0].seed)
     requests = [resolve(request.model_copy(update={"seed": seed}), config) for request in requests]
@@ -272,10 +276,7 @@ def check_output(args: argparse.Namespace, requests: "Sequence[GenerationRequest
     from ldm.outputs import check_new, check_writable
     from ldm.request import whole
 
-    try:
-        preview_every = 0 if args.preview_every is None else whole(1, 1000, 10)(args.preview_every)
-    except ValueError as error:
-        raise SettingError(f"preview_every: {error}") from None
+    preview_every = 0 if args.preview_every is None else number("preview_every", whole(1, 1000, 10), args.preview_every)
     if args.output is not None:
         if args.outdir is not None:
             raise SettingError("output: given together with --outdir; use one of the two")
@@ -299,7 +300,6 @@ def show_plan(request: "GenerationRequest", config: "ModelConfig", memory: "dict
 
     schedule = noise_schedule(config)
     there = route_of(request, schedule)
-    passes = 1 if request.guidance_scale == 1 else 3 if request.perp_neg else 2
     images = 1 if request.batch_exact else min(request.num_images, request.batch_size or 1)
     plan = {
         **request.settings(),
@@ -307,7 +307,7 @@ def show_plan(request: "GenerationRequest", config: "ModelConfig", memory: "dict
         "sigmas": [round(sigma, 5) for sigma in there.sigmas],
         "start_scale": round(there.start, 5),
         "model_calls": network_calls(request, schedule) or "depends on the picture",
-        "latents_per_model_call": images * passes,
+        "latents_per_model_call": images * request.passes,
         "memory_bytes": memory,
     }
     print(json.dumps(plan) if as_json else "\n".join(f"{key}: {json.dumps(value)}" for key, value in plan.items()))

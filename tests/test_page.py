@@ -1,6 +1,7 @@
 """The page draws with the engine of the command line, shows what others wrote as text, and answers only its own."""
 
 import base64
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from starlette.responses import Response  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 from starlette.types import Receive, Scope, Send  # noqa: E402
 
-from ldm.ui import about, fields, guard, markup  # noqa: E402
+from ldm.ui import about, api, fields, guard, markup  # noqa: E402
 from ldm.ui.axes import axis, sheets, table  # noqa: E402
 from ldm.ui.compare import plan  # noqa: E402
 from ldm.ui.history import History, search  # noqa: E402
@@ -134,7 +135,7 @@ def test_shape_and_quality_follow_the_models_size(studio: Studio) -> None:
 
 def test_waiting_and_progress_are_said_in_words() -> None:
     def said(state: State, ahead: int = 0, begins: float | None = None, done: float = 0.0, total: int = 1) -> str:
-        view = View(state, Place(ahead, begins, None), 1, total, 12, 30, done, 12.0, "", ())
+        view = View(state, Place(ahead, begins), 1, total, 12, 30, done, 12.0, "", ())
         return re.sub("<[^>]*>", "", markup.progress(view))
 
     assert said(State.WAITING, 2, 14.2) == "You are 2nd in line · about 14 s"
@@ -347,8 +348,11 @@ def test_the_page_may_ask_nobody_else(client: TestClient) -> None:
 
 
 def test_a_large_upload_is_refused(client: TestClient) -> None:
-    answer = client.post("/gradio_api/upload", files={"files": ("x.png", b"x" * (21 * 1024 * 1024))})
-    assert answer.status_code == 413
+    assert guard.MAX_UPLOAD == 20 * 1024 * 1024
+    sizes = {20 * 1024 * 1024: 200, 20 * 1024 * 1024 + 1: 413, 21 * 1024 * 1024: 413}
+    for size, status in sizes.items():
+        answer = client.post("/gradio_api/upload", files={"files": ("x.png", b"x" * size)})
+        assert answer.status_code == status, size
 
 
 def test_uploads_within_an_hour_have_a_limit_and_other_requests_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,8 +379,28 @@ def test_the_endpoints_have_the_command_lines_names(client: TestClient) -> None:
     endpoints = client.get("/gradio_api/info").json()["named_endpoints"]
     assert set(endpoints) == {"/txt2img", "/compare", "/info"}
     names = {parameter["parameter_name"] for parameter in endpoints["/txt2img"]["parameters"]}
-    assert names >= {"prompt", "negative_prompt", "width", "height", "steps", "sampler", "schedule", "seed"}
-    assert names <= set(GenerationRequest.model_fields) | {"model"}
+    # The page draws one picture after the other, whatever is asked for.
+    assert names == set(GenerationRequest.model_fields) - {"batch_size", "batch_exact"} | {"model"}
+
+
+def test_a_program_may_ask_for_what_the_command_line_may(studio: Studio, tiny_bundle: Bundle) -> None:
+    asked: dict[str, Any] = {
+        "negative_prompt": "a blue star", "guidance_scale": 3.0, "sampler": "euler_ancestral", "sigmas": "14,3,0.5,0",
+        "convention": "exact", "guidance_rescale": 0.5, "guidance_interval": [0.2, 20.0], "perp_neg": 1.0,
+        "rng": "philox", "reuse": 2, "seed": 5,
+    }  # fmt: skip
+    draw = functools.partial(api.Endpoints(studio, History(studio.outdir)).txt2img, gr.Request(session_hash="a"))
+    (picture,) = draw("a red circle", **asked)
+    (known,) = TextToImage(tiny_bundle)(GenerationRequest(prompt="a red circle", **asked))
+    assert Image.open(str(picture["file"])).tobytes() == known.image.tobytes()
+    assert picture["settings"] == known.settings
+    for name, value, words in (
+        ("convention", "comfy", "convention: no convention 'comfy'"),
+        ("guidance_interval", "3,0.2", "guidance_interval: 3,0.2 is not LOW,HIGH"),
+        ("timesteps", [1, 2], "timesteps: the numbers do not fall"),
+    ):
+        with pytest.raises(gr.Error, match=words):
+            draw("a red circle", **{**asked, "sigmas": None, name: value})
 
 
 def test_a_taken_port_is_said_and_the_next_one_found() -> None:

@@ -91,6 +91,7 @@ def model(side: int = 256, factor: int = 64, timesteps: int = 1000) -> Any:
         ({"guidance_interval": "3"}, "guidance_interval: 3 is not LOW,HIGH"),
         ({"guidance_rescale": 1.1}, "guidance_rescale: 1.1 is not between 0 and 1; use 0.7"),
         ({"perp_neg": -1}, "perp_neg: -1 is not between 0 and 30; use 1"),
+        ({"merge_tokens": 0.8}, "merge_tokens: 0.8 is not between 0 and 0.75; use 0.5"),
         ({"batch_exact": "maybe"}, "batch_exact: maybe: "),
         ({"width": 0}, "width: 0 is not between 1 and 2048"),
         ({"height": -512}, "height: -512 is not between"),
@@ -279,3 +280,10 @@ def test_convention_is_the_models_and_images_of_own_pace_are_drawn_one_by_one() 
 
 def test_every_sampler_name_is_accepted() -> None:
     assert [GenerationRequest(prompt="a", sampler=name).sampler for name in SAMPLERS] == list(SAMPLERS)
+
+
+def test_each_text_of_guidance_is_a_pass() -> None:
+    plain, perpendicular = {"prompt": "a"}, {"prompt": "a", "perp_neg": 1.0}
+    for scale, passes in ((None, (2, 3)), (4.0, (2, 3)), (1.0, (1, 1))):
+        found = [GenerationRequest(**given, guidance_scale=scale).passes for given in (plain, perpendicular)]
+        assert tuple(found) == passes

@@ -1,6 +1,6 @@
 """A UNet that is asked in full only now and then: in between, the coarse levels say what they said last time.
 
-Source: DeepCache (Ma et al. 2024, Section 3.2). The picture changes; by how much was not measured yet.
+Source: DeepCache (Ma et al. 2024, Section 3.2). The picture changes: `benchmark.py --only options` says how much.
 """
 
 from jaxtyping import Float

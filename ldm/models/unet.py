@@ -213,6 +213,13 @@ class UNet(nn.Module):
             keep(x)
         return self.said(last.finest(x, time, context, skips))
 
+    def finest_transformers(self) -> list[SpatialTransformer]:
+        """The transformers of the finest level that has some, of the way down and up; the middle always has one."""
+        levels = [*zip(self.down_blocks, reversed(self.up_blocks), strict=True), (self.mid_block,)]
+        modules = ([module for block in level for module in block.modules()] for level in levels)
+        found = ([module for module in level if isinstance(module, SpatialTransformer)] for level in modules)
+        return next(transformers for transformers in found if transformers)
+
     def embedded(self, t: Float[Tensor, " b"], x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b width"]:
         """What every block is told of the timestep, in the dtype of `x`."""
         return self.time_embedding(timestep_embedding(t, self.config.channels).to(x.dtype))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.nn import cpu
 from ldm.nn.attention import Attention
+from ldm.nn.merging import among_fewer
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -180,9 +181,10 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width, dropout)
 
     def forward(
-        self, x: Float[Tensor, "b n width"], context: Float[Tensor, "k l context"]
+        self, x: Float[Tensor, "b n width"], context: Float[Tensor, "k l context"], columns: int, merged: float
     ) -> Float[Tensor, "k n width"]:
-        x = per_text(x + self.attn1(self.norm1(x)), context)
+        """Of the pixels, which lie row by row in so many `columns`, a share `merged` attends through others."""
+        x = per_text(x + among_fewer(self.attn1, self.norm1(x), columns, merged), context)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -192,6 +194,8 @@ class SpatialTransformer(nn.Module):
 
     Stable Diffusion 1 projects with 1×1 convolutions, 2 with linear layers.
     """
+
+    merged = 0.0  # share of the pixels that attend to themselves through others like them
 
     def __init__(
         self,
@@ -214,7 +218,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_init(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "k l context"]) -> Float[Tensor, "k c h w"]:
-        height = x.shape[2]
+        height, width = x.shape[2:]
         hidden = self.norm(x)
         if not self.linear:
             hidden = self.proj_in(hidden)
@@ -222,7 +226,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             hidden = self.proj_in(hidden)
         for block in self.transformer_blocks:
-            hidden = block(hidden, context)
+            hidden = block(hidden, context, width, self.merged)
         if self.linear:
             hidden = self.proj_out(hidden)
         hidden = rearrange(hidden, "b (h w) c -> b c h w", h=height)

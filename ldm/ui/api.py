@@ -1,5 +1,8 @@
 """What programs may ask for: the same requests as the command line, by the same names and through the same checks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import gradio as gr
 
 from ldm.errors import LdmError
@@ -15,12 +18,87 @@ from ldm.ui.watching import watch
 from ldm.ui.worker import State
 
 
-def follow(studio: Studio, name: str, orders: list[Order]) -> list[dict[str, object]]:
-    """Draw orders and wait for the end; the pictures in order. Raises gr.Error where it fails or is stopped."""
+class Endpoints:
+    """What can be called, under the name of the function. What is left out is the model's own."""
+
+    def __init__(self, studio: Studio, history: History) -> None:
+        self.studio, self.history = studio, history
+
+    def txt2img(
+        self,
+        request: gr.Request,
+        prompt: str,
+        negative_prompt: str = "",
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        guidance_scale: float | None = None,
+        seed: int = -1,
+        num_images: int = 1,
+        model: str | None = None,
+        allow_empty_prompt: bool = False,
+        sigmas: str | list[float] | None = None,
+        timesteps: str | list[float] | None = None,
+        convention: str | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: str | list[float] | None = None,
+        perp_neg: float = 0.0,
+        reuse: int = 1,
+        merge_tokens: float = 0.0,
+        prompt_syntax: str = "plain",
+        rng: str = "keyed",
+    ) -> list[dict[str, object]]:
+        """Draw pictures from text; returns file, address, seed and settings of each."""
+        given = {
+            "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height, "steps": steps,
+            "sampler": sampler, "schedule": schedule, "guidance_scale": guidance_scale, "seed": seed,
+            "num_images": num_images, "allow_empty_prompt": allow_empty_prompt, "sigmas": sigmas,
+            "timesteps": timesteps, "convention": convention, "guidance_rescale": guidance_rescale,
+            "guidance_interval": guidance_interval, "perp_neg": perp_neg, "reuse": reuse,
+            "merge_tokens": merge_tokens, "prompt_syntax": prompt_syntax, "rng": rng,
+        }  # fmt: skip
+        with in_its_words():
+            orders = self.studio.orders(model or self.studio.models.first, given)
+            return follow(self.studio, owner(request), orders)
+
+    def compare(
+        self,
+        request: gr.Request,
+        prompt: str,
+        x: str,
+        x_values: str,
+        y: str = NOTHING,
+        y_values: str = "",
+        seed: int = -1,
+        model: str | None = None,
+    ) -> list[dict[str, object]]:
+        """Draw one prompt over two axes, row by row; the values of an axis have commas between them."""
+        name = model or self.studio.models.first
+        with in_its_words():
+            planned = plan(self.studio, (x, x_values, y, y_values), {"prompt": prompt, "seed": seed}, name)
+            return follow(self.studio, owner(request), planned.orders)
+
+    def info(self, name: str) -> dict[str, object]:
+        """What a picture of the output folder says of itself: usable settings, and what is ignored and why."""
+        with in_its_words():
+            found = examine(read_text(self.history.find(str(name))))
+        return {"settings": found.usable, "ignored": found.ignored, "text": found.text}
+
+
+@contextmanager
+def in_its_words() -> Iterator[None]:
+    """What is wrong with a request is told as the command line tells it: no page shows it, so nothing is escaped."""
     try:
-        job, drawing = studio.draw(name, orders)
+        yield
     except LdmError as error:
         raise refusal(error) from None
+
+
+def follow(studio: Studio, name: str, orders: list[Order]) -> list[dict[str, object]]:
+    """Draw orders and wait for the end; the pictures in order. Raises gr.Error where it fails or is stopped."""
+    job, drawing = studio.draw(name, orders)
     for view in watch(studio.worker, job, drawing, preview=False):
         last = view
     if last.state is State.FAILED:
@@ -42,61 +120,8 @@ def results(drawing: Drawing) -> list[dict[str, object]]:
 
 
 def build(studio: Studio, history: History) -> None:
-    """The endpoints. What is left out is the model's own, as on the command line."""
-
-    def txt2img(
-        request: gr.Request,
-        prompt: str,
-        negative_prompt: str = "",
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        sampler: str | None = None,
-        schedule: str | None = None,
-        guidance_scale: float | None = None,
-        seed: int = -1,
-        num_images: int = 1,
-        model: str | None = None,
-        allow_empty_prompt: bool = False,
-    ) -> list[dict[str, object]]:
-        """Draw pictures from text; returns file, address, seed and settings of each."""
-        given = {
-            "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height, "steps": steps,
-            "sampler": sampler, "schedule": schedule, "guidance_scale": guidance_scale, "seed": seed,
-            "num_images": num_images, "allow_empty_prompt": allow_empty_prompt,
-        }  # fmt: skip
-        try:
-            orders = studio.orders(model or studio.models.first, given)
-        except LdmError as error:
-            raise refusal(error) from None
-        return follow(studio, owner(request), orders)
-
-    def compare(
-        request: gr.Request,
-        prompt: str,
-        x: str,
-        x_values: str,
-        y: str = NOTHING,
-        y_values: str = "",
-        seed: int = -1,
-        model: str | None = None,
-    ) -> list[dict[str, object]]:
-        """Draw one prompt over two axes, row by row; the values of an axis have commas between them."""
-        name = model or studio.models.first
-        try:
-            planned = plan(studio, (x, x_values, y, y_values), {"prompt": prompt, "seed": seed}, name)
-        except LdmError as error:
-            raise refusal(error) from None
-        return follow(studio, owner(request), planned.orders)
-
-    def info(name: str) -> dict[str, object]:
-        """What a picture of the output folder says of itself: usable settings, and what is ignored and why."""
-        try:
-            found = examine(read_text(history.find(str(name))))
-        except LdmError as error:
-            raise refusal(error) from None
-        return {"settings": found.usable, "ignored": found.ignored, "text": found.text}
-
-    for endpoint in (txt2img, compare, info):
-        # gradio's own type does not know its function `api`
-        gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)  # type: ignore[attr-defined]
+    """The endpoints, in an open page."""
+    endpoints = Endpoints(studio, history)
+    for endpoint in (endpoints.txt2img, endpoints.compare, endpoints.info):
+        name = endpoint.__name__
+        gr.api(endpoint, api_name=name, concurrency_limit=None)  # type: ignore[attr-defined]  # not in gradio's own type
