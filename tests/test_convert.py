@@ -149,6 +149,11 @@ def test_latent_statistics_are_folded_and_the_check_sees_it(convert: Script, tmp
     [
         ("{kind: pixels, image_channels: 4}", None, "diffusion in pixel space has no counterpart"),
         (None, "{kind: labels, labels: [a, b], width: 32}", "labels in place of text have no counterpart"),
+        (
+            None,
+            "{kind: clip, width: 32, layers: 2, heads: 2, causal: false}",
+            "a text tower that reads both ways has no counterpart",
+        ),
     ],
 )
 def test_what_has_no_counterpart_is_refused_by_name(

@@ -14,7 +14,9 @@ from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ldm.models.text import open_clip_module
 from ldm.training.adversarial import Adversarial, adaptive_weight, adversarial_losses
 from ldm.training.autoencoder import AutoencoderTraining, cropped, crops
+from ldm.training.batch import Draws
 from ldm.training.clip import GlobalBatchNorm, contrastive_loss
+from ldm.training.diffusion import timesteps
 from ldm.training.perceptual import WIDTHS, Lpips
 
 
@@ -170,3 +172,11 @@ def test_a_crop_is_a_part_of_its_own_picture_at_its_own_side() -> None:
         assert torch.equal(crop[2].diff(dim=1), torch.full((8, 7), step)) and not crop[2].diff(dim=0).any()
         steps.add(step)
     assert steps == {1.0, 2.0}
+
+
+def test_a_share_of_the_timesteps_is_from_the_last_tenth() -> None:
+    t = timesteps(Draws(0, 0, 10_000), 1000, 0.4)
+    assert (t >= 900).float().mean() == pytest.approx(0.4 + 0.6 * 0.1, abs=0.02)
+    assert t[t >= 900].float().mean() == pytest.approx(949.5, abs=3.0) and t.max() == 999
+    assert torch.equal(timesteps(Draws(0, 0, 8), 1000, 0.0), Draws(0, 0, 8).integers(1000))
+    assert timesteps(Draws(0, 0, 8), 5, 1.0).tolist() == [4] * 8  # a schedule of less than ten

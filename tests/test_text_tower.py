@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.models.text import open_clip_module
+from ldm.models.text import ClipTextConfig, ClipTextEncoder, open_clip_module
 from ldm.models.text_tower import TextTower
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,34 @@ def test_tower_is_that_of_open_clip(quick: bool) -> None:
         nn.init.normal_(block.ln_1.bias, std=0.3)
         other.load_state_dict(block.state_dict())
         assert torch.allclose(block(x, attn_mask=ours.attn_mask), other(x, attn_mask=theirs.attn_mask), atol=1e-5)
+
+
+def test_tower_that_reads_both_ways_is_that_of_open_clip_without_its_mask() -> None:
+    open_clip_module()
+    from open_clip.transformer import TextTransformer
+
+    config = ClipTextConfig(
+        width=32, layers=2, heads=4, context_length=9, vocabulary=600, activation="gelu", causal=False
+    )
+    ours = ClipTextEncoder(config)
+    theirs = TextTransformer(
+        context_length=9, vocab_size=600, width=32, heads=4, layers=2, output_dim=None, no_causal_mask=True,
+        output_tokens=True, pool_type="none",
+    )  # fmt: skip
+    theirs.load_state_dict(ours.tower.state_dict())
+    ids = ours.tokenize(["a red circle"])
+    pooled, tokens = theirs(ids)
+    states, _ = ours(ids)
+    assert torch.allclose(states, tokens, atol=1e-5) and torch.equal(pooled, tokens)
+
+
+@pytest.mark.parametrize(("causal", "told"), [(True, False), (False, True)])
+def test_a_word_is_told_of_the_words_behind_it_where_the_tower_reads_both_ways(causal: bool, told: bool) -> None:
+    torch.manual_seed(0)
+    values = {"width": 32, "layers": 2, "heads": 4, "context_length": 12, "vocabulary": 600, "causal": causal}
+    encoder = ClipTextEncoder(ClipTextConfig.model_validate(values))
+    left, right = (encoder(encoder.tokenize([f"a b {side}"]))[0][0, 1] for side in ("c", "d"))
+    assert torch.equal(left, right) is not told
 
 
 def test_a_model_is_loaded_without_slow_imports() -> None:

@@ -60,6 +60,10 @@ def exported(config: ModelConfig, parts: Parts, where: Path) -> Exported:
         raise SettingError(f"{where}: diffusion in pixel space has no counterpart in other programs; use --to bundle")
     if not isinstance(text, ClipTextConfig):
         raise SettingError(f"{where}: labels in place of text have no counterpart in other programs; use --to bundle")
+    if not text.causal:
+        raise SettingError(
+            f"{where}: a text tower that reads both ways has no counterpart in other programs; use --to bundle"
+        )
     if not any(autoencoder.latent_mean) and len(set(autoencoder.latent_std)) == 1:
         return Exported(config, autoencoder, text, parts)
     mean, std = (torch.tensor(x, dtype=torch.float64) for x in (autoencoder.latent_mean, autoencoder.latent_std))

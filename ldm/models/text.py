@@ -47,6 +47,9 @@ class ClipTextConfig(Config):
     hidden: Literal["last", "penultimate"] = "last"
     # What fills the row behind the prompt: the end token (SD 1.x) or id 0 (SD 2.x and our own).
     padding: Literal["end", "zero"] = "end"
+    # Whether a token sees only the ones before it, as in CLIP. Otherwise a noun also reads the words behind it, and can
+    # say of itself that it is the one on the left.
+    causal: bool = True
     # How text is made plain before it is taken apart: as open_clip does (repairs broken Unicode, reads HTML entities),
     # or as Hugging Face's CLIPTokenizer does, which Stable Diffusion's other programs use.
     tokenizer: Literal["open_clip", "hf"] = "open_clip"
@@ -203,7 +206,7 @@ class ClipTextEncoder(nn.Module):
         """States of every token (the config's layer, normalised) and the state at the end token (last layer)."""
         tower = self.tower
         x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
-        mask = tower.attn_mask[: ids.shape[1], : ids.shape[1]].to(x.dtype)
+        mask = tower.attn_mask[: ids.shape[1], : ids.shape[1]].to(x.dtype) if self.config.causal else None
         states = x
         for block in tower.transformer.resblocks:
             before, states = states, block(states, attn_mask=mask)

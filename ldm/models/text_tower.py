@@ -32,7 +32,9 @@ class Block(nn.Module):
         }
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x: Float[Tensor, "b l width"], attn_mask: Float[Tensor, "l l"]) -> Float[Tensor, "b l width"]:
+    def forward(
+        self, x: Float[Tensor, "b l width"], attn_mask: Float[Tensor, "l l"] | None
+    ) -> Float[Tensor, "b l width"]:
         normed = self.ln_1(x)
         x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=attn_mask)[0]
         return x + self.mlp(self.ln_2(x))

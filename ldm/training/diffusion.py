@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -37,6 +37,9 @@ class DiffusionTraining(OptimizationConfig):
     # decides what is where.
     min_snr_gamma: PositiveFloat | None = None
     debiased: bool = False
+    # Share of the samples whose timestep is one of the last tenth, besides those that are there anyway: only there does
+    # the noise hide what is where, so that it has to be learned from the prompt.
+    late_share: float = Field(0.0, ge=0, le=1)
     # Noise that is the same at every pixel, beside the other: lets the mean brightness be learned, which one pixel's
     # noise hides from networks of schedules that do not end in pure noise. 0.05 to 0.1 is usual.
     offset_noise: NonNegativeFloat = 0.0
@@ -121,15 +124,24 @@ def shard_batches(source: LatentShards, read_ahead: int) -> Batches:
     return batches
 
 
+def timesteps(draws: Draws, count: int, late_share: float) -> Int[Tensor, " b"]:
+    """Uniform over `count` timesteps, but for a share that is uniform over the last tenth of them."""
+    t = draws.integers(count)
+    if late_share == 0:
+        return t
+    tenth = max(1, count // 10)
+    return torch.where(draws.uniform() < late_share, count - tenth + draws.integers(tenth), t)
+
+
 def diffusion_losses(model: ModelConfig, schedule: NoiseSchedule, config: DiffusionTraining) -> Objective:
-    """The loss of one batch: a latent from its posterior, t uniform over all timesteps, the prompt dropped at times."""
+    """The loss of one batch: a latent from its posterior, the prompt dropped at times."""
 
     def losses(network: nn.Module, batch: Batch, draws: Draws) -> Losses:
         (mean, std, text), (null,) = batch.rows, batch.shared
         device, shape = mean.device, mean.shape[1:]
         x0 = mean.float() + std.float() * draws.normal(*shape).to(device)
         noise = draws.normal(*shape).to(device)
-        t = draws.integers(len(schedule)).to(device)
+        t = timesteps(draws, len(schedule), config.late_share).to(device)
         dropped = (draws.uniform() < config.caption_dropout).to(device)
         if config.offset_noise:
             noise = noise + config.offset_noise * draws.normal(shape[0], 1, 1).to(device)
