@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import ArgumentParser, nearest, run, warn
+from ldm.cli import ArgumentParser, nearest, number, run, warn
 from ldm.errors import SettingError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def main() -> None:
         for found in measured(args, names, drawing, judges, folder):
             results += found[0]
             sheets += found[1]
-    count = number(args.num_images, "num_images")
+    count = count_of(args.num_images, "num_images")
     told: dict[str, object] = {"pictures": args.pictures} if drawing is None else drawing.about(count)
     if args.out:
         save_text(args.out, as_json(results, told))
@@ -152,7 +152,7 @@ def open_model(args: argparse.Namespace, names: Sequence[str]) -> "Drawing":
         steps=args.steps,
         guidance_scale=args.guidance_scale,
     )
-    number(args.num_images, "num_images")
+    count_of(args.num_images, "num_images")
     device = find_device(args.device)
     dtype, _ = find_dtype(args.dtype, device)
     bundle = Bundle.load(args.model or DEFAULT, str(device), dtype)
@@ -164,14 +164,11 @@ def open_model(args: argparse.Namespace, names: Sequence[str]) -> "Drawing":
     return Drawing(TextToImage(bundle), request)
 
 
-def number(value: str | None, name: str, otherwise: int = COUNT) -> int:
+def count_of(value: str | None, name: str, otherwise: int = COUNT) -> int:
     """A number of pictures."""
     from ldm.request import whole
 
-    try:
-        return otherwise if value is None else whole(1, 1_000_000, COUNT)(value)
-    except ValueError as error:
-        raise SettingError(f"{name}: {error}") from None
+    return otherwise if value is None else number(name, whole(1, 1_000_000, COUNT), value)
 
 
 def open_judges(args: argparse.Namespace, drawing: "Drawing | None") -> "Judges":
@@ -184,7 +181,7 @@ def open_judges(args: argparse.Namespace, drawing: "Drawing | None") -> "Judges"
 
     check_names(args.device, args.dtype)
     device = str(find_device(args.device))
-    side = number(args.extractor_side, "extractor_side")
+    side = count_of(args.extractor_side, "extractor_side")
     extractor = None if args.extractor is None else open_extractor(args.extractor, side, device)
     evaluator = None if args.evaluator is None else open_evaluator(args.evaluator, device)
     if evaluator is not None and drawing is not None and evaluator.shares_text_tower(drawing.engine.bundle.text):
@@ -223,7 +220,7 @@ def shapes(drawing: "Drawing", args: argparse.Namespace, folder: Path) -> "Found
     results: list[Result] = []
     sheets: list[Sheet] = []
     for kind in ("one", "two"):
-        prompts = held_out_prompts(number(args.num_images, "num_images"), kind, seed=0)
+        prompts = held_out_prompts(count_of(args.num_images, "num_images"), kind, seed=0)
         began = time.monotonic()
         images = [opened(path) for path in draw(drawing, prompts, folder)]
         seconds = (time.monotonic() - began) / len(images)
@@ -243,7 +240,7 @@ def digits(drawing: "Drawing", args: argparse.Namespace, folder: Path) -> "Found
     from ldm.evaluation.report import sheet_of
     from ldm.evaluation.scores import digits_results, score_digits
 
-    asked = [i % 10 for i in range(number(args.num_images, "num_images"))]
+    asked = [i % 10 for i in range(count_of(args.num_images, "num_images"))]
     prompts = [str(digit) for digit in asked]
     images = [opened(path) for path in draw(drawing, prompts, folder)]
     real = load(args.digits)
@@ -316,7 +313,7 @@ def subjects(
     assert drawing is not None
     if not asked and real is not None:
         asked = [Asked(caption, caption) for caption in real.captions]
-    count = number(args.num_images, "num_images", otherwise=len(asked))
+    count = count_of(args.num_images, "num_images", otherwise=len(asked))
     asked = [asked[i % len(asked)] for i in range(count)]
     return drawing.captioned(asked, draw(drawing, [one.prompt for one in asked], folder))
 
@@ -325,7 +322,7 @@ def real_pictures(args: argparse.Namespace) -> "Pictures":
     """The real ones that are asked for."""
     from ldm.evaluation.pictures import find_pictures
 
-    return find_pictures(args.data, None if args.num_data is None else number(args.num_data, "num_data"))
+    return find_pictures(args.data, None if args.num_data is None else count_of(args.num_data, "num_data"))
 
 
 def draw(drawing: "Drawing", prompts: Sequence[str], folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from ldm.formats.write import write_json
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.models.model_config import ModelConfig, build
 from ldm.models.text import ClipTextConfig, ClipTextEncoder
+from ldm.models.text_tower import causal_mask
 from ldm.models.unet import UNet
 from ldm.nn.layers import channels_last
 
@@ -61,8 +62,7 @@ def ours(dtype: torch.dtype, device: torch.device) -> StandIn:
         for parameter in network.parameters():
             parameter.normal_(0.0, SCALE, generator=generator)
         channels_last(network)
-    length = made.config.text.context_length if isinstance(made.config.text, ClipTextConfig) else 0
-    made.text.tower.attn_mask = torch.full((length, length), float("-inf"), device=device).triu(1)
+    made.text.tower.attn_mask = causal_mask(len(made.text.tower.attn_mask), device)
     return made
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.errors import ModelError
 from ldm.formats.tensors import FLOATS, StoredTensor
+from ldm.models.text_tower import TextTower, causal_mask
 
 
 def fill(
@@ -70,5 +71,5 @@ def restore_buffer(network: nn.Module, name: str, device: torch.device | str) ->
     """Compute a constant that is not stored in files: the causal mask of the text transformer."""
     assert name == "tower.attn_mask", name
     tower = network.get_submodule("tower")
-    length = tower.attn_mask.shape[0]  # type: ignore[index]  # a buffer, by the assertion
-    tower.attn_mask = torch.full((length, length), float("-inf"), device=device).triu(1)  # type: ignore[arg-type]  # modules take tensors
+    assert isinstance(tower, TextTower)
+    tower.attn_mask = causal_mask(len(tower.attn_mask), device)

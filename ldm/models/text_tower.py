@@ -57,6 +57,12 @@ def embedding(count: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(weight if weight.is_meta else nn.init.normal_(weight), freeze=False)
 
 
+def causal_mask(length: int, device: torch.device | str | None = None) -> Float[Tensor, "l l"]:
+    """What is added to the scores of attention, so that no token sees the ones behind it."""
+    mask = torch.full((length, length), float("-inf"), device=device)
+    return mask if mask.is_meta else mask.triu(1)  # as in `embedding`
+
+
 class TextTower(nn.Module):
     """Embeddings, blocks and the final norm; `ClipTextEncoder` asks them one after the other."""
 
@@ -68,9 +74,7 @@ class TextTower(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         self.transformer = Transformer(width, heads, layers, quick)
         self.ln_final = nn.LayerNorm(width)
-        mask = torch.full((context_length, context_length), float("-inf"))
-        # No token sees the ones behind it.
-        self.register_buffer("attn_mask", mask if mask.is_meta else mask.triu(1), persistent=False)
+        self.register_buffer("attn_mask", causal_mask(context_length), persistent=False)
         self._start(width, layers)
 
     def _start(self, width: int, layers: int) -> None:

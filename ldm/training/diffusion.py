@@ -37,8 +37,8 @@ class DiffusionTraining(OptimizationConfig):
     # decides what is where.
     min_snr_gamma: PositiveFloat | None = None
     debiased: bool = False
-    # Share of the samples whose timestep is one of the last tenth, besides those that are there anyway: only there does
-    # the noise hide what is where, so that it has to be learned from the prompt.
+    # Share of the samples whose timestep is one of the last tenth, besides those that are there anyway: the more
+    # noise, the less the picture itself shows what is where, and the more that has to be learned from the prompt.
     late_share: float = Field(0.0, ge=0, le=1)
     # Noise that is the same at every pixel, beside the other: lets the mean brightness be learned, which one pixel's
     # noise hides from networks of schedules that do not end in pure noise. 0.05 to 0.1 is usual.

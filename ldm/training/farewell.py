@@ -22,7 +22,7 @@ def together(me: Workers) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # any of them is the end here, and its kind says whose
         if not is_of_others(error):
             say(me, "failed")
             raise
