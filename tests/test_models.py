@@ -148,7 +148,7 @@ def test_text_states_are_causal_and_penultimate_skips_the_last_block() -> None:
     shortened.load_state_dict(encoder.state_dict())
     ids = encoder.tokenize(["red circle"])
     states = encoder.tower.token_embedding(ids) + encoder.tower.positional_embedding
-    states = encoder.tower.transformer.resblocks[0](states, attn_mask=encoder.tower.attn_mask)
+    states = encoder.tower.transformer.resblocks[0](states, causal=True)
     assert torch.allclose(shortened(ids)[0], encoder.tower.ln_final(states), atol=1e-5)
 
 

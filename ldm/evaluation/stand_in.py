@@ -16,7 +16,6 @@ from ldm.formats.write import write_json
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.models.model_config import ModelConfig, build
 from ldm.models.text import ClipTextConfig, ClipTextEncoder
-from ldm.models.text_tower import causal_mask
 from ldm.models.unet import UNet
 from ldm.nn.layers import channels_last
 
@@ -62,7 +61,6 @@ def ours(dtype: torch.dtype, device: torch.device) -> StandIn:
         for parameter in network.parameters():
             parameter.normal_(0.0, SCALE, generator=generator)
         channels_last(network)
-    made.text.tower.attn_mask = causal_mask(len(made.text.tower.attn_mask), device)
     return made
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ldm.errors import ModelError
 from ldm.formats.tensors import FLOATS, StoredTensor
-from ldm.models.text_tower import TextTower, causal_mask
 
 
 def fill(
@@ -32,9 +31,7 @@ def fill(
         tensors[name] = torch.empty(like.shape, dtype=dtype, device=device, memory_format=layout)
         copy(stored[name], tensors[name], f"{where}: {name}")
     network.load_state_dict(tensors, assign=True)
-    for name, buffer in list(network.named_buffers()):
-        if buffer.is_meta:
-            restore_buffer(network, name, device)
+    assert not any(buffer.is_meta for buffer in network.buffers()), "a constant that no file has"
 
 
 def copy(stored: StoredTensor, destination: Tensor, where: str) -> None:
@@ -65,11 +62,3 @@ def whole(stored: StoredTensor, where: str) -> Tensor:
     destination = torch.empty(stored.shape, dtype=getattr(torch, FLOATS[stored.dtype]))
     copy(stored, destination, where)
     return destination
-
-
-def restore_buffer(network: nn.Module, name: str, device: torch.device | str) -> None:
-    """Compute a constant that is not stored in files: the causal mask of the text transformer."""
-    assert name == "tower.attn_mask", name
-    tower = network.get_submodule("tower")
-    assert isinstance(tower, TextTower)
-    tower.attn_mask = causal_mask(len(tower.attn_mask), device)

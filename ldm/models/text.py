@@ -206,10 +206,9 @@ class ClipTextEncoder(nn.Module):
         """States of every token (the config's layer, normalised) and the state at the end token (last layer)."""
         tower = self.tower
         x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
-        mask = tower.attn_mask[: ids.shape[1], : ids.shape[1]].to(x.dtype) if self.config.causal else None
         states = x
         for block in tower.transformer.resblocks:
-            before, states = states, block(states, attn_mask=mask)
+            before, states = states, block(states, self.config.causal)
         chosen = states if self.config.hidden == "last" else before
         last = tower.ln_final(states)
         end = (ids == self.config.vocabulary - 1).int().argmax(dim=1)

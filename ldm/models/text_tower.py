@@ -6,8 +6,10 @@ Source: Radford et al. 2021, Section 2.4. `tests/test_models.py` holds it to ope
 from collections import OrderedDict
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 
 class QuickGELU(nn.Module):
@@ -32,12 +34,19 @@ class Block(nn.Module):
         }
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(
-        self, x: Float[Tensor, "b l width"], attn_mask: Float[Tensor, "l l"] | None
-    ) -> Float[Tensor, "b l width"]:
-        normed = self.ln_1(x)
-        x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=attn_mask)[0]
+    def forward(self, x: Float[Tensor, "b l width"], causal: bool) -> Float[Tensor, "b l width"]:
+        """With `causal` no token sees the ones behind it."""
+        x = x + self._attend(self.ln_1(x), causal)
         return x + self.mlp(self.ln_2(x))
+
+    def _attend(self, x: Float[Tensor, "b l width"], causal: bool) -> Float[Tensor, "b l width"]:
+        """`attn` without its own forward, which computes the scores of all pairs one after the other."""
+        attn = self.attn
+        projected = linear(x, attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = rearrange(projected, "b l (three h d) -> three b h l d", three=3, h=attn.num_heads)
+        heads = scaled_dot_product_attention(q, k, v, is_causal=causal)
+        attended: Tensor = attn.out_proj(rearrange(heads, "b h l d -> b l (h d)"))
+        return attended
 
 
 class Transformer(nn.Module):
@@ -51,22 +60,14 @@ class Transformer(nn.Module):
 def embedding(count: int, width: int) -> nn.Embedding:
     """A vector for each of `count` numbers, standard normal; on the meta device of nothing.
 
-    There PyTorch imports its compiler to draw normal numbers, and to take half a matrix: that takes a second.
+    There PyTorch imports its compiler to draw normal numbers: that takes a second.
     """
     weight = torch.empty(count, width)
     return nn.Embedding.from_pretrained(weight if weight.is_meta else nn.init.normal_(weight), freeze=False)
 
 
-def causal_mask(length: int, device: torch.device | str | None = None) -> Float[Tensor, "l l"]:
-    """What is added to the scores of attention, so that no token sees the ones behind it."""
-    mask = torch.full((length, length), float("-inf"), device=device)
-    return mask if mask.is_meta else mask.triu(1)  # as in `embedding`
-
-
 class TextTower(nn.Module):
     """Embeddings, blocks and the final norm; `ClipTextEncoder` asks them one after the other."""
-
-    attn_mask: Tensor
 
     def __init__(self, context_length: int, vocabulary: int, width: int, heads: int, layers: int, quick: bool) -> None:
         super().__init__()
@@ -74,7 +75,6 @@ class TextTower(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         self.transformer = Transformer(width, heads, layers, quick)
         self.ln_final = nn.LayerNorm(width)
-        self.register_buffer("attn_mask", causal_mask(context_length), persistent=False)
         self._start(width, layers)
 
     def _start(self, width: int, layers: int) -> None:
