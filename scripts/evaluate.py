@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """metrics, separated by commas:
   shapes        held-out shapes, read back from pixels               digits        the same for a model of digits
+  order         errors with captions of fresh shapes, and with the relation mirrored
   fid kid prdc  drawn against real pictures       --data --extractor
   clip-score    pictures against their captions   --evaluator [--data: real ones beside them]
   retrieval     R@1 among captions                --evaluator [--data, --more-captions, --style-groups]
@@ -41,7 +42,7 @@ examples:
   python scripts/evaluate.py --metrics vae,loss --data data/shapes --num-data 64
   python scripts/evaluate.py --metrics fid,retrieval --prompts prompts.txt --data data/shapes \\
     --extractor runs/shapes --evaluator runs/other --out report.json --html report.html"""
-OF_MODEL = {"shapes": (), "digits": (), "vae": ("data",), "loss": ("data",)}
+OF_MODEL = {"shapes": (), "order": (), "digits": (), "vae": ("data",), "loss": ("data",)}
 COUNT = 500
 PAIRS = 16
 Item = TypeVar("Item")
@@ -159,7 +160,7 @@ def open_model(args: argparse.Namespace, names: Sequence[str]) -> "Drawing":
     request = resolve(asked, bundle.config)
     labels = isinstance(bundle.config.text, LabelConfig)
     for name in names:
-        if (name == "digits" and not labels) or (name == "shapes" and labels):
+        if (name == "digits" and not labels) or (name in ("shapes", "order") and labels):
             raise SettingError(f"metrics: {name} does not fit the model {bundle.name}; use the other one")
     return Drawing(TextToImage(bundle), request)
 
@@ -202,6 +203,8 @@ def measured(
     if drawing is not None:
         if "shapes" in names:
             yield shapes(drawing, args, folder)
+        if "order" in names:
+            yield order(drawing, args)
         if "digits" in names:
             yield digits(drawing, args, folder)
         if "vae" in names or "loss" in names:
@@ -231,6 +234,19 @@ def shapes(drawing: "Drawing", args: argparse.Namespace, folder: Path) -> "Found
         sheets.append(sheet_of(f"{kind}-object prompts", images, prompts))
         save_sheet(images, args.sheet, kind)
     return results, sheets
+
+
+def order(drawing: "Drawing", args: argparse.Namespace) -> "Found":
+    """Whether captions of two shapes are told from those that mirror their relation."""
+    from ldm.evaluation.held_out import encoded
+    from ldm.evaluation.order import order_results, pairs
+
+    asked, bundle = list(pairs(count_of(args.num_images, "num_images"))), drawing.engine.bundle
+    seen = last(encoded(bundle, lambda: (pair.picture for pair in asked), decode=False), "encoding")
+    results, table = order_results(bundle, seen, [pair.mirrored for pair in asked])
+    print(table)
+    tell(results)
+    return results, []
 
 
 def digits(drawing: "Drawing", args: argparse.Namespace, folder: Path) -> "Found":

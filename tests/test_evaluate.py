@@ -377,6 +377,15 @@ def test_shapes_are_told_in_the_same_lines(evaluate: Script, tiny_folder: Path, 
     assert json.loads((tmp_path / "x.json").read_text())["results"] == written["results"] and again.code == 0
 
 
+def test_order_is_told_bin_by_bin(evaluate: Script, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    ended = evaluate("--metrics", "order", "--model", tiny_folder, "--num-images", "3", "--out", out)
+    assert ended.code == 0, ended.err
+    (found,) = json.loads(out.read_text())["results"]
+    assert found["metric"] == "right order preferred to mirrored, t = 950" and found["count"] == 3
+    assert "| t | SNR | right | mirrored | right is preferred |" in ended.out and "| 950 | " in ended.out
+
+
 def test_everything_at_once(
     evaluate: Script, tiny_folder: Path, folder: Path, run_folder: Path, tmp_path: Path
 ) -> None:

@@ -47,16 +47,22 @@ def timesteps(total: int, bins: int = BINS) -> list[tuple[int, int, int]]:
     return [(low, high - 1, (low + high) // 2) for low, high in itertools.pairwise(edges)]
 
 
-@torch.inference_mode()
 def held_out_loss(
     denoise: Denoise, schedule: NoiseSchedule, latents: Float[Tensor, "n c h w"], captions: Sequence[str]
 ) -> list[Bin]:
-    """Squared error of the noise (Ho et al. 2020, Equation 14) of every picture, in every bin, with each context.
+    """The errors with each of `CONTEXTS`."""
+    return errors_by_level(denoise, schedule, latents, (captions, [""] * len(captions), other_captions(captions)))
+
+
+@torch.inference_mode()
+def errors_by_level(
+    denoise: Denoise, schedule: NoiseSchedule, latents: Float[Tensor, "n c h w"], given: Sequence[Sequence[str]]
+) -> list[Bin]:
+    """Squared error of the noise (Ho et al. 2020, Equation 14) of each picture, in every bin, with each caption.
 
     The noise of picture i at timestep t is a function of (i, t), so that models are compared on the same questions.
     What the network predicts does not matter: the noise is read off the clean estimate, ε = (x − x0)/σ.
     """
-    given = (list(captions), [""] * len(captions), other_captions(captions))
     found = []
     for first, last, t in timesteps(len(schedule)):
         sigma = schedule.sigma(t)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.bundle import Bundle
 from ldm.data.transforms import fit
 from ldm.errors import DataError
-from ldm.evaluation.denoising import CONTEXTS, Bin, held_out_loss
+from ldm.evaluation.denoising import CONTEXTS, Bin, Denoise, held_out_loss
 from ldm.evaluation.drawing import computed_with
 from ldm.evaluation.figures import of_mean
 from ldm.evaluation.pictures import Pictures, thumbnail
@@ -96,18 +96,19 @@ def autoencoder_results(bundle: Bundle, seen: HeldOut) -> list[Result]:
     ]
 
 
+def reading(bundle: Bundle) -> Denoise:
+    """The bundle's denoiser, called with captions."""
+    denoiser = bundle.denoiser
+    return lambda x, sigma, captions: denoiser(x, sigma, bundle.text.encode(list(captions)).tokens)
+
+
 def loss_results(bundle: Bundle, seen: HeldOut) -> tuple[list[Result], list[Bin]]:
     """The ε-loss, averaged over the bins, with each context; what the text is worth; and the bins themselves.
 
     Raises DataError for pictures that all have one caption.
     """
-    denoiser = bundle.denoiser
-
-    def denoise(x: Tensor, sigma: float, captions: Sequence[str]) -> Tensor:
-        return denoiser(x, sigma, bundle.text.encode(list(captions)).tokens)
-
     try:
-        bins = held_out_loss(denoise, bundle.schedule, seen.latents, seen.captions)
+        bins = held_out_loss(reading(bundle), bundle.schedule, seen.latents, seen.captions)
     except ValueError as error:
         raise DataError(f"--metrics loss: {error}; name pictures with captions") from None
     decided = protocol(bundle, seen, "loss/1")
@@ -116,18 +117,22 @@ def loss_results(bundle: Bundle, seen: HeldOut) -> tuple[list[Result], list[Bin]
         Result(f"ε-loss, {WORDS[context]}", "held out", of_mean(values), decided)
         for context, values in zip(CONTEXTS, errors, strict=True)
     ]
-    table = [{"timestep": b.timestep, "snr": b.snr, **_means(b)} for b in bins]
+    table = [{"timestep": b.timestep, "snr": b.snr, **means(b, CONTEXTS)} for b in bins]
     gap = of_mean(errors[1] - errors[0])
     return [*results, Result("ε-loss that the caption spares", "held out", gap, decided, details={"bins": table})], bins
 
 
-def _means(of: Bin) -> dict[str, float]:
-    return dict(zip(CONTEXTS, of.errors.mean(axis=1).tolist(), strict=True))
+def means(of: Bin, contexts: Sequence[str]) -> dict[str, float]:
+    """The mean error with each context."""
+    return dict(zip(contexts, of.errors.mean(axis=1).tolist(), strict=True))
 
 
 def loss_table(bins: Sequence[Bin]) -> str:
     """The bins in Markdown."""
-    rows = [
-        f"| {b.timestep} | {b.snr:.3g} | " + " | ".join(f"{v:.4f}" for v in _means(b).values()) + " |" for b in bins
-    ]
-    return "\n".join([f"| t | SNR | {' | '.join(CONTEXTS)} |", f"|{'---|' * (2 + len(CONTEXTS))}", *rows])
+    return table(CONTEXTS, bins, [[f"{v:.4f}" for v in means(b, CONTEXTS).values()] for b in bins])
+
+
+def table(columns: Sequence[str], bins: Sequence[Bin], values: Sequence[Sequence[str]]) -> str:
+    """A row of values for each bin, in Markdown."""
+    rows = [f"| {b.timestep} | {b.snr:.3g} | {' | '.join(row)} |" for b, row in zip(bins, values, strict=True)]
+    return "\n".join([f"| t | SNR | {' | '.join(columns)} |", f"|{'---|' * (2 + len(columns))}", *rows])
