@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   python scripts/train.py lora --config my-lora.yaml --base model.safetensors --run-dir runs/my-lora
   accelerate launch --num_processes 8 scripts/train.py unet --config configs/sd15.yaml --run-dir runs/sd15
 A stage that is interrupted goes on from its last checkpoint when the same command is given again."""
-STAGES = ("all", "vae", "clip", "evaluator", "unet", "bundle", "lora", "inversion")
+STAGES = ("all", "vae", "clip", "thumbnail", "evaluator", "unet", "bundle", "lora", "inversion")
 LINE_EVERY_SECONDS = 30.0
 LONGEST_MINUTES = 100_000
 
@@ -169,7 +169,7 @@ def check(this: "Run", stage: str) -> None:
     check_data(recipe, model.factor, latents=stage in ("unet", "lora", "inversion"))
     resolve(GenerationRequest(prompt="any"), model)
     adaptations = (recipe.lora_training, recipe.inversion_training)
-    towers = (recipe.clip_training, recipe.evaluator_training)
+    towers = (recipe.clip_training, recipe.thumbnail_training, recipe.evaluator_training)
     for config in (recipe.autoencoder_training, *towers, *adaptations, *recipe.unet_training):
         if config is not None:
             micro_batches(config, workers().world)
@@ -190,6 +190,8 @@ def check_data(recipe: "Recipe", factor: int, latents: bool) -> None:
         check(square, recipe.autoencoder_training.batch_size, max(recipe.autoencoder_training.sides))
     if recipe.clip_training is not None and recipe.clip is not None:
         check(square, recipe.clip_training.batch_size, recipe.clip.image_size)
+    if recipe.thumbnail_training is not None:
+        check(square, recipe.thumbnail_training.batch_size, recipe.thumbnail_training.side)
     for stage in (*recipe.unet_training, recipe.lora_training, recipe.inversion_training):
         if stage is None:
             continue
@@ -218,6 +220,8 @@ def stages(this: "Run", stage: str, record: "Record") -> None:
         autoencoder(this, record)
     if stage in ("all", "clip"):
         clip(this, record)
+    if stage in ("all", "thumbnail"):
+        thumbnail(this, record)
     if stage in ("all", "evaluator"):
         evaluator(this, record)
     if stage in ("all", "unet"):
@@ -248,6 +252,15 @@ def clip(this: "Run", record: "Record") -> None:
 
     config = this.recipe.clip_training
     for _ in shown(clip_stage(this.square().mixing(config.mix_share if config else None)), record, "clip"):
+        pass
+
+
+def thumbnail(this: "Run", record: "Record") -> None:
+    """What CLIP does not teach the text tower."""
+    from ldm.training.stages import thumbnail_stage
+
+    config = this.recipe.thumbnail_training
+    for _ in shown(thumbnail_stage(this.square().mixing(config.mix_share if config else None)), record, "thumbnail"):
         pass
 
 

@@ -39,10 +39,11 @@ from ldm.training.loop import Batches, Conduct, Report, train
 from ldm.training.lora import LoraTraining, adapt
 from ldm.training.optimization import OptimizationConfig
 from ldm.training.signals import Stopped, caught
+from ldm.training.thumbnail import Thumbnail, ThumbnailTraining, thumbnail_losses, thumbnails
 from ldm.training.update import Objective
 from ldm.training.workers import workers
 
-KINDS = ("vae", "gan", "clip", "sigmoid", "unet", "conditioned", "lora")
+KINDS = ("vae", "gan", "clip", "sigmoid", "thumbnail", "unet", "conditioned", "lora")
 PICTURES = 28  # an epoch is three and a half batches of eight: most resumptions are in the middle of one
 MODEL = """
 autoencoder: {kind: kl, channels: 8, multipliers: [1, 2], res_blocks: 1, mid_attention: false, groups: 4}
@@ -102,6 +103,14 @@ def clip_task(kind: str, settings: dict[str, Any]) -> Task:
     return Contrast(clip, config), clip_losses(config), pairs(pictures, clip), config, ()
 
 
+def thumbnail_task(kind: str, settings: dict[str, Any]) -> Task:
+    config = ThumbnailTraining(side=32, layers=1, **settings)  # the side of the pictures
+    text = model().text
+    assert isinstance(text, ClipTextConfig)
+    module = Thumbnail(ClipTextEncoder(text), config)
+    return module, thumbnail_losses(), thumbnails(pictures, module.text), config, ()
+
+
 def unet_task(kind: str, settings: dict[str, Any]) -> Task:
     drawn = torch.Generator().manual_seed(5)
     mean, std = torch.randn(PICTURES, 4, 8, 8, generator=drawn), torch.rand(PICTURES, 4, 8, 8, generator=drawn)
@@ -128,6 +137,7 @@ def unet_task(kind: str, settings: dict[str, Any]) -> Task:
 TASKS: dict[str, Callable[[str, dict[str, Any]], Task]] = {
     **dict.fromkeys(("vae", "gan"), autoencoder_task),
     **dict.fromkeys(("clip", "sigmoid"), clip_task),
+    "thumbnail": thumbnail_task,
     **dict.fromkeys(("unet", "conditioned", "lora"), unet_task),
 }
 

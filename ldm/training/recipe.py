@@ -11,6 +11,7 @@ from ldm.training.diffusion import UNetTraining
 from ldm.training.inversion import InversionTraining
 from ldm.training.lora import LoraTraining
 from ldm.training.source import DataConfig
+from ldm.training.thumbnail import ThumbnailTraining
 
 
 class Recipe(Config):
@@ -26,6 +27,8 @@ class Recipe(Config):
     clip: ClipConfig | None = None
     autoencoder_training: AutoencoderTraining | None = None
     clip_training: ClipTraining | None = None
+    # What CLIP does not teach the text tower: what is where.
+    thumbnail_training: ThumbnailTraining | None = None
     # A second CLIP that judges the model; it is no part of it.
     evaluator: TowersConfig | None = None
     evaluator_training: ClipTraining | None = None
@@ -39,8 +42,9 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _something_learns(self) -> "Recipe":
-        trained = (self.autoencoder_training, self.clip_training, self.lora_training, self.inversion_training)
-        if not any((*trained, *self.unet_training)):
+        parts = (self.autoencoder_training, self.clip_training, self.thumbnail_training)
+        adaptations = (self.lora_training, self.inversion_training)
+        if not any((*parts, *adaptations, *self.unet_training)):
             raise ValueError("nothing is trained: give a section such as unet_training")
         if (self.evaluator is None) != (self.evaluator_training is None):
             raise ValueError("evaluator and evaluator_training come together")

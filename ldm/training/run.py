@@ -55,16 +55,21 @@ class Run:
         data = self.recipe.data.model_copy(update={"buckets": None})
         return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
 
+    def resident(self) -> "Run":
+        """The same run with its pictures kept in memory at the size at which they are read."""
+        data = self.recipe.data.model_copy(update={"resident": True})
+        return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
+
     def product(self, name: str) -> Path:
         """Where a finished stage leaves its tensors."""
         return self.folder / f"{name}.safetensors"
 
     @property
     def text(self) -> Path:
-        """The newest text tower: of the last UNet stage that trained it, or of CLIP."""
+        """The newest text tower: of the last UNet stage that trained it, of the thumbnails, or of CLIP."""
         stages = reversed(range(len(self.recipe.unet_training)))
-        trained = [path for path in (self.product(f"text-{index}") for index in stages) if path.is_file()]
-        return trained[0] if trained else self.product("text")
+        later = [self.product(name) for name in (*(f"text-{index}" for index in stages), "text-thumbnail")]
+        return next((path for path in later if path.is_file()), self.product("text"))
 
     def has(self, name: str) -> bool:
         """Is this product there? All processes get the same answer."""

@@ -1,4 +1,4 @@
-"""The stages of a run: autoencoder → CLIP → latents → UNet → bundle, or an adaptation of a model that is there.
+"""The stages of a run: autoencoder → CLIP → thumbnails → latents → UNet → bundle, or an adaptation of a given model.
 
 Every stage is a generator that reports as it goes and leaves its product in the run's folder; a stage that has left
 its product is over at once when it is started again. All processes go through it; the main one writes.
@@ -51,6 +51,7 @@ from ldm.training.lora import adapt, merge, save_lora
 from ldm.training.perceptual import Lpips
 from ldm.training.run import Run, digest, give_weights, model_so_far, network_digest
 from ldm.training.source import latent_shards
+from ldm.training.thumbnail import Thumbnail, thumbnail_losses, thumbnails
 from ldm.training.workers import workers
 
 STATISTICS_PICTURES = 256
@@ -140,6 +141,26 @@ def clip_stage(run: Run) -> Iterator[Report]:
     keep(run, "text", clip.text)
 
 
+def thumbnail_stage(run: Run) -> Iterator[Report]:
+    """Teach the text tower what is where; leaves the tower. Raises SettingError for a model that reads labels."""
+    config = run.recipe.thumbnail_training
+    if config is None or run.has("text-thumbnail"):
+        return
+    text = readable(model_so_far(run), "thumbnail_training").requires_grad_(True)
+    torch.manual_seed(run.recipe.seed)
+    run = run.resident() if config.resident else run
+    yield from train(
+        Thumbnail(text, config),
+        thumbnail_losses(),
+        thumbnails(run.pictures(config.batch_size, config.side, run.recipe.seed), text),
+        config,
+        run.checkpoints("thumbnail"),
+        run.recipe.seed,
+        run.conduct,
+    )
+    keep(run, "text-thumbnail", text)
+
+
 def latents_stage(run: Run, stage: DiffusionTraining, count: int) -> Iterator[int | LatentCache]:
     """Encode the first `count` pictures for a stage; yields how many are done, and last the cache.
 
@@ -213,7 +234,7 @@ def encoding(bundle: Bundle, stage: DiffusionTraining, dtype: torch.dtype) -> Co
     for module in (bundle.autoencoder, bundle.text):
         assert isinstance(module, nn.Module)
         module.to(workers().device)
-    return token_ids(readable(bundle)) if trains_text(stage) else text_states(bundle.text, dtype)
+    return token_ids(readable(bundle, "train_text")) if trains_text(stage) else text_states(bundle.text, dtype)
 
 
 def trains_text(stage: DiffusionTraining) -> bool:
@@ -221,10 +242,10 @@ def trains_text(stage: DiffusionTraining) -> bool:
     return isinstance(stage, UNetTraining) and stage.train_text
 
 
-def readable(bundle: Bundle) -> ClipTextEncoder:
-    """The bundle's text tower. Raises SettingError for a model that reads labels."""
+def readable(bundle: Bundle, setting: str) -> ClipTextEncoder:
+    """The bundle's text tower, which this setting wants to train. Raises SettingError for a model that reads labels."""
     if not isinstance(bundle.text, ClipTextEncoder):
-        raise SettingError("train_text: this model reads labels, not words; leave train_text out")
+        raise SettingError(f"{setting}: this model reads labels, not words; leave {setting} out")
     return bundle.text
 
 
@@ -241,7 +262,7 @@ def unet_stage(run: Run, index: int, cache: LatentCache | None, bundle: Bundle) 
         bundle.unet.load_state_dict(load_tensors(run.product(f"unet-{index - 1}")))
     network: nn.Module = bundle.unet
     if stage.train_text:
-        network = Conditioned(readable(bundle).requires_grad_(True), bundle.unet)
+        network = Conditioned(readable(bundle, "train_text").requires_grad_(True), bundle.unet)
     yield from train(
         network,
         diffusion_losses(bundle.config, bundle.schedule, stage),
@@ -252,7 +273,7 @@ def unet_stage(run: Run, index: int, cache: LatentCache | None, bundle: Bundle) 
         run.conduct,
     )
     if stage.train_text:
-        keep(run, f"text-{index}", readable(bundle))
+        keep(run, f"text-{index}", readable(bundle, "train_text"))
     keep(run, name, bundle.unet)
 
 
@@ -285,9 +306,7 @@ def inversion_stage(run: Run, cache: LatentCache | None, bundle: Bundle) -> Iter
     config = run.recipe.inversion_training
     if config is None or run.has("word"):
         return
-    if not isinstance(bundle.text, ClipTextEncoder):
-        raise SettingError("inversion_training: this model reads labels, not words; use a model with a text tower")
-    inversion = Inversion(bundle.text, bundle.unet, config)
+    inversion = Inversion(readable(bundle, "inversion_training"), bundle.unet, config)
     batches = diffusion_batches(run, config, bundle, cache, run.recipe.seed)
     yield from train(
         inversion,
