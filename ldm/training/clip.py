@@ -1,7 +1,6 @@
 """CLIP's objective: an image and its caption are closer than any other pair of the batch, over all processes."""
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 
 from ldm.models.clip import Clip, sigmoid_loss
 from ldm.training.batch import Batch, Draws
+from ldm.training.conditioned import remembered_ids
 from ldm.training.loop import Batches
 from ldm.training.optimization import OptimizationConfig
 from ldm.training.source import Pictures
 from ldm.training.update import Losses, Objective
 from ldm.training.workers import rows_of_all, summed, workers
-
-REMEMBERED = 2**17  # captions
 
 
 class ClipTraining(OptimizationConfig):
@@ -121,8 +119,7 @@ def clip_losses(config: ClipTraining) -> Objective:
 
 def pairs(pictures: Pictures, clip: Clip) -> Batches:
     """Batches of images and token ids; shared by them, ids of the "negative" captions of samples that have one."""
-    # Captions come again; taking one apart takes longer than a GPU's share of a step.
-    known = lru_cache(REMEMBERED)(lambda caption: clip.text.tokenize([caption])[0])
+    known = remembered_ids(clip.text)
 
     def batches(start: int) -> Iterator[Batch]:
         for chosen in pictures(start):

@@ -1,13 +1,16 @@
 """Text tower and UNet in one module, so that both can learn from the error of a picture."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ldm.models.text import ClipTextEncoder, TextEncoder
 from ldm.models.unet import UNet
+
+REMEMBERED = 2**17  # captions
 
 Condition = Callable[[Sequence[str]], Float[Tensor, "b l d"]]
 """What a network is given for prompts: their text states, or their token ids where it reads them itself."""
@@ -40,3 +43,8 @@ def text_states(text: TextEncoder, dtype: torch.dtype) -> Condition:
 def token_ids(text: ClipTextEncoder) -> Condition:
     """What `Conditioned` is given: ids as fp32, in which those of every vocabulary are exact."""
     return lambda prompts: text.tokenize(prompts)[..., None].float()
+
+
+def remembered_ids(text: ClipTextEncoder) -> Callable[[str], Int[Tensor, " l"]]:
+    """Token ids of a caption. Captions come again; taking one apart takes longer than a GPU's share of a step."""
+    return lru_cache(REMEMBERED)(lambda caption: text.tokenize([caption])[0])

@@ -6,7 +6,6 @@ teaches a small tower that "a above b" is not "b above a" (docs/experiments.md).
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 
 from ldm.models.text import ClipTextEncoder
 from ldm.training.batch import Batch, Draws
+from ldm.training.conditioned import remembered_ids
 from ldm.training.loop import Batches
 from ldm.training.optimization import OptimizationConfig
 from ldm.training.source import Pictures
 from ldm.training.update import Losses, Objective
 
-REMEMBERED = 2**17  # captions
 HEAD_WIDTH = 32
 
 
@@ -85,7 +84,7 @@ def thumbnail_losses() -> Objective:
 
 def thumbnails(pictures: Pictures, text: ClipTextEncoder) -> Batches:
     """Batches of pictures, which are read at the thumbnail's side, and the token ids of their captions."""
-    known = lru_cache(REMEMBERED)(lambda caption: text.tokenize([caption])[0])
+    known = remembered_ids(text)
 
     def batches(start: int) -> Iterator[Batch]:
         for chosen in pictures(start):
