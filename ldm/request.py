@@ -16,8 +16,7 @@ from pydantic import BeforeValidator
 from ldm import prompts
 from ldm.cli import nearest, printable
 from ldm.config import Config
-from ldm.diffusion.conventions import CONVENTIONS
-from ldm.diffusion.grids import GRIDS
+from ldm.diffusion.names import CONVENTIONS, GRIDS
 from ldm.diffusion.samplers import SAMPLERS, resolve_name
 from ldm.errors import SettingError
 
@@ -162,8 +161,8 @@ class GenerationRequest(Config):
     height: Side = None
     steps: Annotated[int | None, BeforeValidator(optional(whole(1, 1000, 30)))] = None
     sampler: Annotated[str | None, BeforeValidator(optional(one_of("sampler", list(SAMPLERS))))] = None
-    schedule: Annotated[str | None, BeforeValidator(optional(one_of("schedule", list(GRIDS))))] = None
-    convention: Annotated[str | None, BeforeValidator(optional(one_of("convention", list(CONVENTIONS))))] = None
+    schedule: Annotated[str | None, BeforeValidator(optional(one_of("schedule", GRIDS)))] = None
+    convention: Annotated[str | None, BeforeValidator(optional(one_of("convention", CONVENTIONS)))] = None
     sigmas: Annotated[tuple[float, ...] | None, BeforeValidator(optional(falling("14.6,3,0.5,0", True)))] = None
     timesteps: Annotated[tuple[float, ...] | None, BeforeValidator(optional(falling("999,666,333", False)))] = None
     guidance_scale: Annotated[float | None, BeforeValidator(optional(decimal(0.0, 30.0, 7.5)))] = None

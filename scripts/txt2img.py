@@ -127,8 +127,7 @@ def parser() -> ArgumentParser:
 
 def add_sampling(group: "argparse._ArgumentGroup") -> None:
     """The flags that say how to get from noise to a picture; docs/samplers.md explains them."""
-    from ldm.diffusion.conventions import CONVENTIONS
-    from ldm.diffusion.grids import GRIDS
+    from ldm.diffusion.names import CONVENTIONS, GRIDS
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.request import PROMPT_SYNTAXES, RNGS
 

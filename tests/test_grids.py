@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ldm.diffusion import names
 from ldm.diffusion.conventions import CONVENTIONS, reproduces, route, sampler_of
 from ldm.diffusion.grids import ALIGNED, GRIDS
 from ldm.diffusion.route import Route, exact, listed
@@ -19,6 +20,10 @@ SHORT = linear(1e-4, 0.02, 300)
 ZERO_SNR = NOISE_SCHEDULES["scaled_linear_zero_snr"](0.00085, 0.012, 1000)
 # The numbers of steps that CompVis' DDIM runs as asked.
 AS_ASKED = (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
+
+
+def test_names_are_those_of_the_tables() -> None:
+    assert tuple(GRIDS) == names.GRIDS and tuple(CONVENTIONS) == names.CONVENTIONS
 
 
 def falls_to_zero(sigmas: Sequence[float]) -> bool:

@@ -41,13 +41,20 @@ def test_help_is_quick_and_complete() -> None:
     assert all(name in ended.out for name in ("euler_ancestral", "karras"))
 
 
+def imported(*flags: str) -> subprocess.CompletedProcess[str]:
+    """The script, telling on stderr what it imports."""
+    words = [sys.executable, "-X", "importtime", *command("txt2img.py", *flags)[1:]]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_help_does_without_numpy() -> None:
+    ended = imported("--help")
+    assert ended.returncode == 0 and " ldm.request" in ended.stderr
+    assert " numpy" not in ended.stderr and " torch" not in ended.stderr
+
+
 def test_wrong_setting_is_refused_without_importing_torch() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-X", "importtime", *command("txt2img.py", "-p", "x", "--steps", "0")[1:]],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ended = imported("-p", "x", "--steps", "0")
     assert ended.returncode == 2
     modules = {line.rsplit("|", 1)[1].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
     assert "ldm.request" in modules

@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
-import numpy as np
 
-# Gauss and Legendre's rule on [−1, 1]: exact for polynomials up to degree 15, and to rounding for these times exp.
-POINTS, SHARES = (rule.tolist() for rule in np.polynomial.legendre.leggauss(8))
+@cache
+def rule() -> list[tuple[float, float]]:
+    """Points and shares of Gauss and Legendre on [−1, 1], exact to degree 15, and to rounding for these times exp."""
+    from numpy.polynomial.legendre import leggauss  # `--help` does without NumPy
+
+    points, shares = leggauss(8)
+    return list(zip(points.tolist(), shares.tolist(), strict=True))
 
 
 def adams_weights(
@@ -14,7 +19,7 @@ def adams_weights(
 ) -> list[float]:
     """The wⱼ with ∫ factor(t)·P(t) dt = Σ wⱼ·P(nodes[j]) from start to end, if P's degree is less than len(nodes)."""
     weights = [0.0] * len(nodes)
-    for point, share in zip(POINTS, SHARES, strict=True):
+    for point, share in rule():
         t = start + (end - start) * (1.0 + point) / 2
         measure = share * (end - start) / 2 * factor(t)
         for j, node in enumerate(nodes):
