@@ -11,6 +11,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.nn import cpu
 from ldm.nn.attention import attention
 from ldm.nn.layers import GEGLU, ResBlock, Upsample, channels_last
+from ldm.nn.packing import Conv2d
 from ldm.training.lora import LoraLinear
 
 
@@ -66,12 +67,12 @@ def test_blocks_are_for_pictures_in_bf16(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("size", [(1, 4, 6), (3, 5, 3)])
 def test_convolution_of_an_enlarged_picture_needs_no_enlarged_picture(size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
-    conv, x = nn.Conv2d(7, 9, 3, padding=1), torch.randn(size[0], 7, *size[1:])
+    conv, x = Conv2d(7, 9, 3, padding=1), torch.randn(size[0], 7, *size[1:])
     with torch.no_grad():
         known = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        assert difference(cpu.doubled(x, conv), known) < 1e-6
+        assert difference(conv.doubled(x), known) < 1e-6
         x = x.contiguous(memory_format=torch.channels_last)
-        assert difference(cpu.doubled(x, channels_last(conv)), known) < 1e-6
+        assert difference(channels_last(conv).doubled(x), known) < 1e-6
 
 
 @pytest.mark.parametrize("channels", [(8, 8), (8, 16)])
@@ -106,8 +107,8 @@ def test_gates_with_additions_are_asked_themselves() -> None:
 def test_nothing_of_it_is_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "LARGE", 0)
     monkeypatch.setattr(cpu, "MANY_PIXELS", 0)
-    for name in ("doubled", "gated", "convolved"):
-        monkeypatch.setattr(cpu, name, lambda *_: pytest.fail("computed for a gradient"))
+    for where, name in ((Conv2d, "doubled"), (cpu, "gated"), (cpu, "convolved")):
+        monkeypatch.setattr(where, name, lambda *_: pytest.fail("computed for a gradient"))
     x = torch.randn(1, 4, 4, 4, requires_grad=True)
     layers = (Upsample(4), ResBlock(4, 4, groups=2, eps=1e-6), lambda x: GEGLU(4, 4)(x[0]))
     total = sum(layer(x).sum() for layer in layers)

@@ -21,6 +21,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.nn import cpu
 from ldm.nn.attention import attention as our_attention
 from ldm.nn.layers import GEGLU, Module, ResBlock, Upsample, channels_last, silu
+from ldm.nn.packing import Conv2d
 
 OURS, DEFAULT, BEST = "ldm", "diffusers, default", "diffusers, best"
 PLAIN = "plain"
@@ -191,6 +192,10 @@ def layers(bench: Bench) -> Iterator[Comparison]:
     turned.load_state_dict(conv.state_dict())
     up, gate, block = put(Upsample(512)), put(GEGLU(320, 1280)), put(ResBlock(128, 128, groups=32, eps=1e-6))
     block.sparing = True
+    few, unpacked, coarse = (
+        *(put(Conv2d(2560, 1280, 3, padding=1)) for _ in "ab"),
+        bench.given(OURS, (2 * batch, 2560, 8, 8)),
+    )
 
     def gated() -> Tensor:
         value, gates = gate.proj(pixels).chunk(2, dim=-1)
@@ -204,8 +209,11 @@ def layers(bench: Bench) -> Iterator[Comparison]:
             lambda: conv(states), lambda: turned(states), Operations(18.0 * 320 * states.numel())
         ),
         "enlarging, four 2x2 convolutions": (
-            lambda: cpu.doubled(deep, up.conv), lambda: up.conv(F.interpolate(deep, scale_factor=2.0)),
+            lambda: up.conv.doubled(deep), lambda: up.conv(F.interpolate(deep, scale_factor=2.0)),
             Operations(4 * 18.0 * 512 * deep.numel()),
+        ),
+        "packed weights, 2560 to 1280 at 8x8": (
+            lambda: few(coarse), lambda: nn.Conv2d.forward(unpacked, coarse), Operations(18.0 * 1280 * coarse.numel())
         ),
         "GEGLU, a product for each half": (
             lambda: cpu.gated(pixels, gate.proj), gated, Operations(product=2.0 * 2560 * pixels.numel())

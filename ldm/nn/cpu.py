@@ -91,22 +91,6 @@ def gated(x: Float[Tensor, "... i"], proj: nn.Linear) -> Float[Tensor, "... o"]:
     return F.linear(x, value, value_bias).mul_(activated)
 
 
-def doubled(x: Float[Tensor, "b c h w"], conv: nn.Conv2d) -> Float[Tensor, "b o h2 w2"]:
-    """A 3×3 convolution of `x` enlarged twice by nearest neighbour, from four 2×2 convolutions of `x` itself.
-
-    The 3×3 window sees only 2×2 different pixels of `x`; weights that meet the same one are added beforehand. That
-    leaves 4/9 of the products, and the enlarged `x` is never in memory.
-    """
-    batch, _, height, width = x.shape
-    shape = (batch, conv.out_channels, 2 * height, 2 * width)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    for down, right in product((0, 1), repeat=2):
-        part = slice(down, down + height), slice(right, right + width)
-        weight = folded(conv.weight, down, right)
-        out[:, :, down::2, right::2] = F.conv2d(x, weight, conv.bias, padding=1)[:, :, *part]
-    return out
-
-
 def folded(weight: Float[Tensor, "o i 3 3"], down: int, right: int) -> Float[Tensor, "o i 2 2"]:
     """The weights for the upper or lower, left or right of the four pixels that one pixel becomes."""
     made = weight.permute(0, 2, 3, 1).float()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm.nn import cpu
 from ldm.nn.attention import Attention
 from ldm.nn.merging import among_fewer
+from ldm.nn.packing import Conv2d
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -78,14 +79,14 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_width, out_channels) if time_width else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if time_width:  # the UNet's blocks start as the identity, the autoencoder's do not: as in the reference
             zero_init(self.conv2)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(
         self, x: Float[Tensor, "k c h w"], time: Float[Tensor, "b t"] | None = None
@@ -104,6 +105,8 @@ class ResBlock(nn.Module):
         """The same with no more in memory than `x`, the result and a few rows."""
         shape = (x.shape[0], self.conv1.out_channels, *x.shape[2:])
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for conv in (self.conv1, self.conv2):
+            conv.unpack()
         cpu.convolved(self.norm1, self.conv1, x, out)
         cpu.convolved(self.norm2, self.conv2, out, out)
         if self.conv_shortcut is None:
@@ -119,7 +122,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, *, symmetric: bool) -> None:
         super().__init__()
         self.symmetric = symmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
@@ -132,12 +135,12 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         many = x.shape[2] * x.shape[3] >= cpu.MANY_PIXELS and cpu.draws_on_cpu(x)
         if (many or self.sparing) and not torch.is_grad_enabled():
-            return cpu.doubled(x, self.conv)
+            return self.conv.doubled(x)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -211,11 +214,11 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_width, dropout) for _ in range(depth)
         )
-        self.proj_out = zero_init(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
+        self.proj_out = zero_init(nn.Linear(channels, channels) if linear else Conv2d(channels, channels, 1))
 
     def forward(self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "k l context"]) -> Float[Tensor, "k c h w"]:
         height, width = x.shape[2:]

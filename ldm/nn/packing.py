@@ -1,0 +1,141 @@
+"""Convolutions whose weights lie as oneDNN reads them on a CPU: laid out at the first call, not again at every one.
+
+Of few pixels, that takes as long as the products themselves (`benchmark.py --only layers`). The numbers are the same
+up to rounding.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ldm.nn.cpu import draws_on_cpu, folded
+
+# Where it pays: so many weights, for no more pixels than that.
+MANY_WEIGHTS = 2**20
+FEW_PIXELS = 256
+
+
+class Conv2d(nn.Conv2d):
+    """PyTorch's. Where only the picture counts its weights are packed; who asks for them gets them as they were."""
+
+    _packed: Tensor | None = None
+    _folded: list[Tensor] | None = None
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h2 w2"]:
+        """The convolution of `x`."""
+        if self._packed is None and not self._pays(x):
+            return super().forward(x)
+        if not self._fits(x):
+            self.unpack()
+            return super().forward(x)
+        packed = self._pack(x) if self._packed is None else self._packed
+        return convolve(x, packed, self.bias, self._padding, self.stride)
+
+    def doubled(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h2 w2"]:
+        """The convolution, 3×3, of `x` enlarged twice by nearest neighbour, from four 2×2 convolutions of `x` itself.
+
+        The 3×3 window sees only 2×2 different pixels of `x`; weights that meet the same one are added beforehand. That
+        leaves 4/9 of the products, and the enlarged `x` is never in memory.
+        """
+        batch, _, height, width = x.shape
+        shape = (batch, self.out_channels, 2 * height, 2 * width)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for place, (down, right) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+            part = slice(down, down + height), slice(right, right + width)
+            if self._fits(x):
+                made = convolve(x, self._folds(x)[place], self.bias, (1, 1), (1, 1))
+            else:
+                made = F.conv2d(x, folded(self.weight, down, right), self.bias, padding=1)
+            out[:, :, down::2, right::2] = made[:, :, *part]
+        return out
+
+    def unpack(self) -> None:
+        """Have the weights as PyTorch has them again."""
+        self._folded = None
+        if self._packed is None:
+            return
+        with torch.inference_mode(False):
+            weight = self._packed.to_dense().contiguous(memory_format=torch.channels_last)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+        self._packed = None
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether packed weights can be used: nobody trains them, and `x` is as they are."""
+        free = draws_on_cpu(x) and not self.weight.requires_grad and not torch.compiler.is_compiling()
+        return free and x.dtype == self.weight.dtype and works(x.dtype)
+
+    def _pays(self, x: Tensor) -> bool:
+        many = self.weight.numel() >= MANY_WEIGHTS and x.shape[2] * x.shape[3] <= FEW_PIXELS
+        return many and self.groups == 1 and self.dilation == (1, 1) and self._fits(x)
+
+    @property
+    def _padding(self) -> tuple[int, ...]:
+        assert not isinstance(self.padding, str)
+        return self.padding
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """Pack the weights for inputs like `x`; what stays in their place has a size and no numbers."""
+        self._packed = pack(self.weight, x, self._padding, self.stride)
+        self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
+        return self._packed
+
+    def _folds(self, x: Tensor) -> list[Tensor]:
+        """The packed weights of the four 2×2 convolutions, which have 16/9 of the numbers; made once."""
+        if self._folded is None:
+            self.unpack()
+            places = ((0, 0), (0, 1), (1, 0), (1, 1))
+            self._folded = [pack(folded(self.weight, *place), x, (1, 1), (1, 1)) for place in places]
+        return self._folded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made of."""
+        self.unpack()
+        return dict(self.__dict__)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Conv2d":
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
+
+def pack(weight: Tensor, x: Tensor, padding: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The weights of a convolution in the layout that oneDNN chooses for inputs like `x`."""
+    found: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, x.shape)
+    return found
+
+
+def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, padding: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The convolution of `x` with packed weights."""
+    made: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, (1, 1), 1, "none", [], "")
+    return made
+
+
+@cache
+def works(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch packs, on this machine and in this number format: tried on a small convolution.
+
+    The operators are those that torch.compile uses, and no public interface.
+    """
+    x, weight = (
+        torch.linspace(-1, 1, 2 * 16 * 9).reshape(shape).to(dtype) for shape in ((2, 16, 3, 3), (18, 16, 1, 1))
+    )
+    x = x.contiguous(memory_format=torch.channels_last)
+    try:
+        made = convolve(x, pack(weight, x, (0, 0), (1, 1)), None, (0, 0), (1, 1))
+        return torch.equal(made, F.conv2d(x, weight)) and torch.equal(
+            pack(weight, x, (0, 0), (1, 1)).to_dense(), weight
+        )
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError):
+        return False
