@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ldm.errors import ModelError, SettingError
+from ldm.training.adamw import AdamW
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.ema import EMA
 from ldm.training.optimization import LossScale, OptimizationConfig
@@ -56,7 +57,7 @@ def trainee(module: nn.Module, config: OptimizationConfig) -> Trainee:
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise SettingError("model: it has no parameter that learns; choose what is trained")
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
     return Trainee(module, optimizer, averages, LossScale(config.precision))
