@@ -6,6 +6,7 @@ up to rounding.
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ldm.nn.cpu import draws_on_cpu, folded
 
 # Where it pays: so many weights, for no more pixels than that.
 MANY_WEIGHTS = 2**20
-FEW_PIXELS = 256
+FEW_PIXELS = 64 * 64
 
 
 class Conv2d(nn.Conv2d):
@@ -45,14 +46,17 @@ class Conv2d(nn.Conv2d):
         batch, _, height, width = x.shape
         shape = (batch, self.out_channels, 2 * height, 2 * width)
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        for place, (down, right) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        for down, right in product((0, 1), repeat=2):
             part = slice(down, down + height), slice(right, right + width)
-            if self._fits(x):
-                made = convolve(x, self._folds(x)[place], self.bias, (1, 1), (1, 1))
-            else:
-                made = F.conv2d(x, folded(self.weight, down, right), self.bias, padding=1)
-            out[:, :, down::2, right::2] = made[:, :, *part]
+            # No name for what is computed: it would be in memory beside the next part.
+            out[:, :, down::2, right::2] = self._part(x, down, right)[:, :, *part]
         return out
+
+    def _part(self, x: Tensor, down: int, right: int) -> Tensor:
+        """The 2×2 convolution for one of the four pixels that one pixel becomes, with a margin."""
+        if self._fits(x):
+            return convolve(x, self._folds(x)[2 * down + right], self.bias, (1, 1), (1, 1))
+        return F.conv2d(x, folded(self.weight, down, right), self.bias, padding=1)
 
     def unpack(self) -> None:
         """Have the weights as PyTorch has them again."""
@@ -88,8 +92,8 @@ class Conv2d(nn.Conv2d):
         """The packed weights of the four 2×2 convolutions, which have 16/9 of the numbers; made once."""
         if self._folded is None:
             self.unpack()
-            places = ((0, 0), (0, 1), (1, 0), (1, 1))
-            self._folded = [pack(folded(self.weight, *place), x, (1, 1), (1, 1)) for place in places]
+            parts = product((0, 1), repeat=2)
+            self._folded = [pack(folded(self.weight, *part), x, (1, 1), (1, 1)) for part in parts]
         return self._folded
 
     def __getstate__(self) -> dict[str, Any]:

@@ -58,8 +58,7 @@ class DiffusionTraining(OptimizationConfig):
 class UNetTraining(DiffusionTraining):
     """One stage of the UNet's training from nothing, or of all its weights."""
 
-    # The text tower goes on learning, with the UNet: what CLIP's objective did not teach it (what is left of what, say)
-    # it learns from the pictures' errors.
+    # The text tower goes on learning, with the UNet, from the pictures' errors: what its own stages did not teach it.
     train_text: bool = False
 
     @model_validator(mode="after")
