@@ -109,7 +109,7 @@ def test_what_is_computed_otherwise_has_the_plain_result(
 
     monkeypatch.setattr(contests, "compare", once)
     assert list(CONTESTS[name](Bench(CPU, torch.float32, 64, 1, 1, compiled=False, with_theirs=False)))
-    assert len(set(compared)) == {"layers": 4, "networks": 2}[name]
+    assert len(set(compared)) == {"layers": 5, "networks": 2}[name]
 
 
 def test_the_bundle_is_measured_and_its_options_are_set_beside_plain_pictures(

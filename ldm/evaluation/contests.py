@@ -192,10 +192,9 @@ def layers(bench: Bench) -> Iterator[Comparison]:
     turned.load_state_dict(conv.state_dict())
     up, gate, block = put(Upsample(512)), put(GEGLU(320, 1280)), put(ResBlock(128, 128, groups=32, eps=1e-6))
     block.sparing = True
-    few, unpacked, coarse = (
-        *(put(Conv2d(2560, 1280, 3, padding=1)) for _ in "ab"),
-        bench.given(OURS, (2 * batch, 2560, 8, 8)),
-    )
+    few, unpacked = (put(Conv2d(2560, 1280, 3, padding=1)) for _ in range(2))
+    unpacked.load_state_dict(few.state_dict())
+    coarse = bench.given(OURS, (2 * batch, 2560, 8, 8))
 
     def gated() -> Tensor:
         value, gates = gate.proj(pixels).chunk(2, dim=-1)
