@@ -1,7 +1,7 @@
 """PyTorch's fused AdamW, shown weights in the order in which they lie in memory.
 
-On a CPU it copies what is not contiguous, such as convolutions that lie channels last, and that takes as long as the
-update. Each number is updated by itself, so their order is free.
+On a CPU it copies what is not contiguous, such as convolutions that lie channels last. Each number is updated by
+itself, so their order is free.
 """
 
 from typing import Any
