@@ -64,6 +64,34 @@ def test_blocks_are_for_pictures_in_bf16(monkeypatch: pytest.MonkeyPatch) -> Non
     assert used == [torch.bfloat16]
 
 
+def test_products_are_attention_with_its_gradients() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 16, dtype=torch.float64, requires_grad=True) for n in (30, 20, 20))
+    weight = torch.randn(2, 3, 30, 16, dtype=torch.float64)
+    results = []
+    for compute in (F.scaled_dot_product_attention, cpu.attention_as_products):
+        out = compute(query, key, value)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), (query, key, value))))
+    assert all(difference(found, known) < 1e-12 for known, found in zip(*results, strict=True))
+
+
+def test_products_are_for_few_keys_in_training_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def instead(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        used.append((query.dtype, key.shape[2]))
+        return query
+
+    monkeypatch.setattr("ldm.nn.attention.attention_as_products", instead)
+    full = torch.randn(1, 2, 300, 8)
+    for query in (full, full.bfloat16()):
+        for keys in (77, 256, 257):
+            attention(query, query[:, :, :keys], query[:, :, :keys])
+            with torch.no_grad():
+                attention(query, query[:, :, :keys], query[:, :, :keys])
+    assert used == [(torch.bfloat16, 77), (torch.bfloat16, 256)]
+
+
 @pytest.mark.parametrize("size", [(1, 4, 6), (3, 5, 3)])
 def test_convolution_of_an_enlarged_picture_needs_no_enlarged_picture(size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)

@@ -49,6 +49,14 @@ def test_ten_steps_and_ten_more_are_twenty(kind: str, tmp_path: Path) -> None:
     assert run(kind, tmp_path / "parts") == whole
 
 
+@pytest.mark.parametrize("kind", ["unet", "conditioned"])
+def test_ten_steps_of_muon_and_ten_more_are_twenty(kind: str, tmp_path: Path) -> None:
+    whole = run(kind, tmp_path / "whole", optimizer="muon")
+    assert whole != run(kind, tmp_path / "adamw")
+    run(kind, tmp_path / "parts", until=13, optimizer="muon")
+    assert run(kind, tmp_path / "parts", optimizer="muon") == whole
+
+
 def test_a_run_stopped_twice_within_an_epoch_ends_as_one_that_was_not(tmp_path: Path) -> None:
     whole = run("unet", tmp_path / "whole")
     # Steps 10 to 12 are an epoch: three batches of 8 from 28 pictures.

@@ -10,7 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm.cli import warn
-from ldm.nn.cpu import MANY_KEYS, attention_in_blocks, draws_on_cpu
+from ldm.nn.cpu import (
+    FEW_KEYS,
+    MANY_KEYS,
+    attention_as_products,
+    attention_in_blocks,
+    draws_on_cpu,
+    learns_on_cpu,
+)
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -21,7 +28,7 @@ def attention(
     """softmax(q kᵀ / √d) v per head (Vaswani et al. 2017, Equation 1).
 
     PyTorch's kernels; on CUDA in half precision those of xformers, where it is installed and passes its test; on CPUs
-    in bf16 products of blocks, where they are faster and no gradient is wanted.
+    in bf16 plain products where those are faster: in training of few keys, otherwise of many, in blocks.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         kernel = xformers_kernel()
@@ -29,6 +36,8 @@ def attention(
             return kernel(query, key, value)
     if query.dtype == torch.bfloat16 and draws_on_cpu(query) and key.shape[2] >= MANY_KEYS:
         return attention_in_blocks(query, key, value)
+    if query.dtype == torch.bfloat16 and learns_on_cpu(query) and key.shape[2] <= FEW_KEYS:
+        return attention_as_products(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 
 

@@ -16,6 +16,8 @@ SCORES = 2**21
 BAND = 2**22
 # From so many keys on two products and a softmax are faster than PyTorch's fused kernel.
 MANY_KEYS = 128
+# In training, where that kernel's way back is slow in bf16, up to so many.
+FEW_KEYS = 256
 # Vector registers hold 16 numbers of fp32: products whose results are a multiple of 16 wide leave none of them empty.
 LANES = 16
 # From so many numbers of an image on its state is convolved in bands, and from so many pixels on weights are folded.
@@ -27,6 +29,19 @@ MANY_PIXELS = 256
 def draws_on_cpu(x: Tensor) -> bool:
     """Whether only the result counts: the device is a CPU, and nobody asks for gradients."""
     return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def learns_on_cpu(x: Tensor) -> bool:
+    """Whether the device is a CPU, and somebody asks for gradients."""
+    return x.device.type == "cpu" and torch.is_grad_enabled()
+
+
+def attention_as_products(
+    query: Float[Tensor, "b heads n d"], key: Float[Tensor, "b heads m d"], value: Float[Tensor, "b heads m d"]
+) -> Float[Tensor, "b heads n d"]:
+    """Attention as two products and a softmax, with gradients; all scores are in memory, rounded to their dtype."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.mT
+    return scores.softmax(dim=-1) @ value
 
 
 def attention_in_blocks(

@@ -12,7 +12,7 @@ FP16_GROWTH_STEPS = 2000
 
 
 class OptimizationConfig(Config):
-    """How long and how fast one stage learns (AdamW; rate: linear warm-up, constant, linear decay to zero)."""
+    """How long and how fast one stage learns (rate: linear warm-up, constant, linear decay to zero)."""
 
     steps: PositiveInt
     # Samples of one update, over all processes.
@@ -20,6 +20,8 @@ class OptimizationConfig(Config):
     # The most that a process computes at once; gradients are accumulated until its share of the batch is through.
     micro_batch_size: PositiveInt | None = None
     learning_rate: PositiveFloat
+    # adamw, or muon: fewer steps for the same loss and, where networks are small, a longer step; docs/training.md.
+    optimizer: Literal["adamw", "muon"] = "adamw"
     warmup_steps: NonNegativeInt = 100
     # The last part of the run, as a fraction of its steps, over which the learning rate falls to zero.
     decay: float = Field(0.5, ge=0, le=1)
@@ -50,6 +52,12 @@ class OptimizationConfig(Config):
         decays = (self.ema_decay, *self.more_ema_decays)
         if len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
             raise ValueError("ema_decay and more_ema_decays must be different numbers from 0 to below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _matrices_are_whole(self) -> "OptimizationConfig":
+        if self.optimizer == "muon" and self.strategy == "fsdp":
+            raise ValueError("muon needs whole matrices, and fsdp splits them: choose adamw, or the strategy ddp")
         return self
 
 

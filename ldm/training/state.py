@@ -15,6 +15,7 @@ from ldm.errors import ModelError, SettingError
 from ldm.training.adamw import AdamW
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.ema import EMA
+from ldm.training.muon import Muon, parted
 from ldm.training.optimization import LossScale, OptimizationConfig
 
 BYTES_A_NUMBER = 4
@@ -57,8 +58,9 @@ def trainee(module: nn.Module, config: OptimizationConfig) -> Trainee:
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise SettingError("model: it has no parameter that learns; choose what is trained")
-    optimizer = AdamW(
-        trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    kind, learning = (Muon, parted(module)) if config.optimizer == "muon" else (AdamW, trained)
+    optimizer = kind(
+        learning, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
     return Trainee(module, optimizer, averages, LossScale(config.precision))
 
