@@ -122,15 +122,20 @@ def convolved(
     weight, bias, height = norm.weight.float(), norm.bias.float(), x.shape[2]
     for image, result in zip(x.split(1), out.split(1), strict=True):
         mean, variance = statistics(norm, image)
-        above = image[:, :, :1]
+        late = result[:, :, :0]
         for top, bottom in bands(image):
-            band = image[:, :, top : bottom + 1]
-            if top:
-                band = torch.cat([above, band], dim=2)
-            above = image[:, :, bottom - 1 : bottom].clone()  # as it was, for the next band
-            band = F.silu(F.batch_norm(band, mean, variance, weight, bias, eps=norm.eps), inplace=True)
-            band = F.pad(band, (0, 0, int(top == 0), int(bottom == height)))
-            result[:, :, top:bottom] = F.conv2d(band, conv.weight, conv.bias, padding=(0, 1))
+            first, last = max(top - 1, 0), min(bottom + 1, height)
+            band = F.batch_norm(image[:, :, first:last], mean, variance, weight, bias, eps=norm.eps)
+            # `image` may be `result`: a band's last row is written when the next band has read what was there.
+            result[:, :, top - late.shape[2] : top] = late
+            band = F.silu(band, inplace=True)
+            if first == top or last == bottom:
+                band = F.pad(band, (0, 0, int(first == top), int(last == bottom)))
+            made = F.conv2d(band, conv.weight, conv.bias, padding=(0, 1))
+            result[:, :, top : bottom - 1] = made[:, :, :-1]
+            late = made[:, :, -1:].clone()
+            del band, made  # before there is the next
+        result[:, :, height - 1 :] = late
     return out
 
 
