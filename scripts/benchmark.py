@@ -30,14 +30,16 @@ parts:
   help, start, sample                        whole processes: txt2img.py --help; until the UNet is asked; a picture
   text, unet, decode, encode, train          our networks beside those of diffusers
   attention, layers, networks                what is computed otherwise for pictures, beside the plain computation
-  bundle, options                            the model that ships; what options that change the picture spare and cost
+  bundle, options, precision                 the model that ships; what options that change the picture, and bf16, spare
+                                             and cost
 All weights but the bundle's are random: speed and memory do not depend on them. The contenders take turns, so that what
 drifts meets all of them alike; a ratio is the median of the ratios of all turns. The roofline is measured first, in the
 same run: a square matrix product, and a 3x3 convolution of 320 channels. Memory is the peak of a process of its own.
 Reading data is not among the parts: benchmark_data.py counts processor time of one core, not turns by the clock."""
 ALONE = ("help", "bundle")  # processes that have nothing to compare with, and are short
 PROCESSES = (*ALONE, "start", "sample")
-INSIDE = ("text", "unet", "decode", "encode", "attention", "layers", "networks", "train", "bundle", "options")
+OF_BUNDLE = ("bundle", "options", "precision")
+INSIDE = ("text", "unet", "decode", "encode", "attention", "layers", "networks", "train", *OF_BUNDLE)
 PARTS = tuple(dict.fromkeys((*PROCESSES, *INSIDE)))
 PROMPT = "a red circle to the left of a blue square"
 Figures = dict[str, dict[str, Any]]
@@ -258,7 +260,8 @@ def show(what: str, found: Mapping[str, Any]) -> None:
         ratio = found["times_as_fast"].get(name)
         takes = "" if ratio is None else f"{ratio[0]:.2f} times ({ratio[1]:.2f} to {ratio[2]:.2f})"
         other = found["differs"].get(name)
-        pictures = f"latents {100 * other['latent']:.1f} % off, {other['psnr']:.1f} dB" if other else ""
+        off = "latents {:.1%} off, {:.1f} dB, SSIM {:.4f}"
+        pictures = off.format(other["latent"], other["psnr"], other["ssim"]) if other else ""
         cells = (name, f"{one['median']:.4g}", spread, roofline, memory, takes, pictures)
         print(f"| {' | '.join(cells)} |", flush=True)
 

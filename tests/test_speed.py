@@ -128,7 +128,22 @@ def test_the_bundle_is_measured_and_its_options_are_set_beside_plain_pictures(
     same, reused, merged = (found.differs[name] for name in list(options)[1:])
     assert (same.latent, same.psnr) == (0.0, 100.0)
     assert all(0 < other.latent < 1 and 5 < other.psnr < 100 for other in (reused, merged))
+    assert same.ssim == pytest.approx(1.0) and all(-1 < other.ssim < 0.9999 for other in (reused, merged))
     assert found.values()["differs"] == {name: vars(found.differs[name]) for name in list(options)[1:]}
+
+
+def test_pictures_in_half_precision_are_set_beside_those_in_fp32(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundled, "DEFAULT", str(tiny_folder))
+    monkeypatch.setattr(bundled, "PROMPTS", 2)
+    monkeypatch.setattr(bundled, "STEPS", 3)
+    bench = Bench(CPU, torch.bfloat16, 64, 1, 1, compiled=False, with_theirs=False)
+    bench.rooflines = dict.fromkeys(("torch.float32", "torch.bfloat16"), Roofline(1e12, 1e12))
+    (found,) = BUNDLED["precision"](bench)
+    assert list(found.timings) == ["torch.float32", "torch.bfloat16"] and list(found.differs) == ["torch.bfloat16"]
+    half = found.differs["torch.bfloat16"]
+    assert 1e-4 < half.latent < 0.1 and 20 < half.psnr < 90 and 0.9 < half.ssim < 1
 
 
 def test_bars_are_as_long_as_ratios_say() -> None:

@@ -1,6 +1,6 @@
 """Contests of the bundle that ships: what a user waits for, and what is spared by options that change the picture."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from ldm.bundle import Bundle
 from ldm.data.shapes import held_out_prompts
 from ldm.diffusion.guidance import guided
 from ldm.evaluation.contests import OURS, PROMPT, Bench
-from ldm.evaluation.reconstruction import psnr
+from ldm.evaluation.reconstruction import psnr, ssim
 from ldm.evaluation.speed import Comparison, Difference, Operations, Work, operations
 from ldm.formats.finding import DEFAULT
 from ldm.images import to_tensor
@@ -21,6 +21,9 @@ from ldm.request import GenerationRequest
 
 # Prompts that every option draws: half of them with one object, half with two.
 PROMPTS = 8
+STEPS = 20
+Drawn = tuple[Tensor, Tensor]
+"""Latents and pictures."""
 OPTIONS: dict[str, dict[str, object]] = {
     "plain": {},
     "--guidance-interval 0.3,5": {"guidance_interval": "0.3,5"},
@@ -85,26 +88,46 @@ def latent_shape(ours: TextToImage, request: GenerationRequest) -> tuple[int, in
 def options(bench: Bench) -> Iterator[Comparison]:
     """The same prompts and seeds with every option, one picture at a time, and how far the pictures are from plain."""
     ours = engine(bench)
+    tasks = {name: partial(drawn, ours, set_to) for name, set_to in OPTIONS.items()}
+    yield differing(bench, f"{ours.bundle.name}, {PROMPTS} pictures with options", tasks)
+
+
+def precision(bench: Bench) -> Iterator[Comparison]:
+    """The same prompts and seeds in 20 steps, computed in fp32 and in the number format that `auto` is."""
+    engines = {
+        str(dtype): TextToImage(Bundle.load(DEFAULT, str(bench.device), dtype))
+        for dtype in (torch.float32, bench.dtype)
+    }
+    tasks = {name: partial(drawn, ours, {"steps": STEPS}) for name, ours in engines.items()}
+    yield differing(bench, f"{engine(bench).bundle.name}, {PROMPTS} pictures of {STEPS} steps, number formats", tasks)
+
+
+def drawn(ours: TextToImage, set_to: dict[str, object]) -> Drawn:
+    """Pictures of the held-out prompts, half of them with one object, half with two."""
     prompts = [*held_out_prompts(PROMPTS // 2, "one", seed=0), *held_out_prompts(PROMPTS // 2, "two", seed=0)]
-    drawn: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def draw(option: str) -> None:
-        latents, images = [], []
-        for seed, prompt in enumerate(prompts):
-            request = ours.ready(GenerationRequest(prompt=prompt, seed=seed, **OPTIONS[option]))
-            *_, last = ours.stream(request)
-            latents.append(last.x)
-            images += [to_tensor(made.image) for made in ours.images(request, last.x)]
-        drawn[option] = torch.cat(latents), torch.stack(images)
-
-    what = f"{ours.bundle.name}, {PROMPTS} pictures with options"
-    found = bench.compare(what, {option: partial(draw, option) for option in OPTIONS}, Operations())
-    plain, *others = OPTIONS
-    latents, images = drawn[plain]
-    for option in others:
-        error = (drawn[option][0] - latents).norm() / latents.norm()
-        found.differs[option] = Difference(float(error), float(psnr(drawn[option][1], images).mean()))
-    yield found
+    latents, images = [], []
+    for seed, prompt in enumerate(prompts):
+        request = ours.ready(GenerationRequest(prompt=prompt, seed=seed, **set_to))
+        *_, last = ours.stream(request)
+        latents.append(last.x)
+        images += [to_tensor(made.image) for made in ours.images(request, last.x)]
+    return torch.cat(latents), torch.stack(images)
 
 
-BUNDLED = {"bundle": bundle, "options": options}
+def differing(bench: Bench, what: str, tasks: Mapping[str, Callable[[], Drawn]]) -> Comparison:
+    """How long tasks take, and how far what the others draw is from what the first does."""
+    results: dict[str, Drawn] = {}
+
+    def keep(name: str) -> None:
+        results[name] = tasks[name]()
+
+    found = bench.compare(what, {name: partial(keep, name) for name in tasks}, Operations())
+    (latents, images), *_ = results.values()
+    for name, (others, pictures) in list(results.items())[1:]:
+        error = (others.float() - latents.float()).norm() / latents.float().norm()
+        alike = psnr(pictures, images).mean(), ssim(pictures, images).mean()
+        found.differs[name] = Difference(float(error), *(float(value) for value in alike))
+    return found
+
+
+BUNDLED = {"bundle": bundle, "options": options, "precision": precision}

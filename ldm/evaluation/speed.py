@@ -64,10 +64,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far pictures are from those of the first contender: norm of latents' difference, relative; PSNR in dB."""
+    """How far pictures are from the first contender's: norm of latents' difference, relative; PSNR in dB; SSIM."""
 
     latent: float
     psnr: float
+    ssim: float
 
 
 @dataclass
