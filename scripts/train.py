@@ -32,7 +32,8 @@ EXAMPLES = """examples:
   python scripts/train.py lora --config my-lora.yaml --base model.safetensors --run-dir runs/my-lora
   accelerate launch --num_processes 8 scripts/train.py unet --config configs/sd15.yaml --run-dir runs/sd15
 A stage that is interrupted goes on from its last checkpoint when the same command is given again."""
-STAGES = ("all", "vae", "clip", "thumbnail", "evaluator", "unet", "bundle", "lora", "inversion")
+ADAPTATIONS = ("lora", "inversion", "consistency")
+STAGES = ("all", "vae", "clip", "thumbnail", "evaluator", "unet", "bundle", *ADAPTATIONS)
 LINE_EVERY_SECONDS = 30.0
 LONGEST_MINUTES = 100_000
 
@@ -166,9 +167,9 @@ def check(this: "Run", stage: str) -> None:
     from ldm.training.workers import workers
 
     recipe, model = this.recipe, this.model
-    check_data(recipe, model.factor, latents=stage in ("unet", "lora", "inversion"))
+    check_data(recipe, model.factor, latents=stage in ("unet", *ADAPTATIONS))
     resolve(GenerationRequest(prompt="any"), model)
-    adaptations = (recipe.lora_training, recipe.inversion_training)
+    adaptations = (recipe.lora_training, recipe.inversion_training, recipe.consistency_training)
     towers = (recipe.clip_training, recipe.thumbnail_training, recipe.evaluator_training)
     for config in (recipe.autoencoder_training, *towers, *adaptations, *recipe.unet_training):
         if config is not None:
@@ -192,7 +193,7 @@ def check_data(recipe: "Recipe", factor: int, latents: bool) -> None:
         check(square, recipe.clip_training.batch_size, recipe.clip.image_size)
     if recipe.thumbnail_training is not None:
         check(square, recipe.thumbnail_training.batch_size, recipe.thumbnail_training.side)
-    for stage in (*recipe.unet_training, recipe.lora_training, recipe.inversion_training):
+    for stage in (*recipe.unet_training, recipe.lora_training, recipe.inversion_training, recipe.consistency_training):
         if stage is None:
             continue
         if stage.latents is not None:
@@ -204,11 +205,11 @@ def check_data(recipe: "Recipe", factor: int, latents: bool) -> None:
             raise SettingError("data.buckets: pictures that are encoded once are square; use latents, or no buckets")
 
 
-def sample_request(prompt: str, side: int) -> "GenerationRequest":
-    """What samples on the way are drawn with."""
+def sample_request(prompt: str, side: int, steps: int | None = 20) -> "GenerationRequest":
+    """What samples on the way are drawn with; without `steps`, in as many as the model says."""
     from ldm.request import GenerationRequest
 
-    return GenerationRequest(prompt=prompt, width=side, height=side, steps=20)
+    return GenerationRequest(prompt=prompt, width=side, height=side, steps=steps)
 
 
 def stages(this: "Run", stage: str, record: "Record") -> None:
@@ -226,7 +227,7 @@ def stages(this: "Run", stage: str, record: "Record") -> None:
         evaluator(this, record)
     if stage in ("all", "unet"):
         unet(this, record)
-    if stage in ("lora", "inversion"):
+    if stage in ADAPTATIONS:
         adapt(this, stage, record)
     if stage == "all" and workers().main:
         print(finish(this))
@@ -289,20 +290,25 @@ def unet(this: "Run", record: "Record") -> None:
 
 
 def adapt(this: "Run", stage: str, record: "Record") -> None:
-    """A LoRA of the base's UNet, or a new word for it."""
-    from ldm.training.run import model_so_far
-    from ldm.training.stages import inversion_stage, lora_stage
+    """A LoRA of the base's UNet, a new word for it, or a UNet that needs few steps."""
+    from dataclasses import replace
 
-    config = this.recipe.lora_training if stage == "lora" else this.recipe.inversion_training
+    from ldm.training import stages
+    from ldm.training.consistency import few_steps
+    from ldm.training.run import model_so_far
+
+    config = getattr(this.recipe, f"{stage}_training")
     if config is None:
         raise SettingError(f"{stage}_training: this recipe has no such section; add one, see docs/training.md")
     if this.base is None:
         raise SettingError(f"--base: {stage} needs the model that it adapts; give its name or path")
     cache = encoded(this, config, record)
     bundle = model_so_far(this)
-    running = lora_stage(this, cache, bundle) if stage == "lora" else inversion_stage(this, cache, bundle)
+    if stage == "consistency":
+        bundle = replace(bundle, config=few_steps(bundle.config))
+    running = getattr(stages, f"{stage}_stage")(this, cache, bundle)
     for report in shown(running, record, stage):
-        if stage == "lora":
+        if stage != "inversion":
             sample(this, bundle, report, stage, config.side)
 
 
@@ -337,7 +343,7 @@ def sample(this: "Run", bundle: "Bundle", report: "Report", stage: str, side: in
     if drawing is None:
         return
     prompts = this.recipe.sample_prompts
-    request = sample_request(prompts[0], side)
+    request = sample_request(prompts[0], side, None if stage == "consistency" else 20)
     images = TextToImage(drawing).draw(prompts, range(len(prompts)), request)
     folder = this.folder / "samples"
     folder.mkdir(exist_ok=True)

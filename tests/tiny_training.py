@@ -4,6 +4,7 @@ As a program, by itself or under `torch.distributed.run`, it trains one of them 
 tiny_training.py KIND FOLDER [key=value …]
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ from ldm.training.adversarial import Adversarial
 from ldm.training.autoencoder import AutoencoderTraining, Reconstruction, autoencoder_losses, crops
 from ldm.training.clip import ClipTraining, Contrast, clip_losses, normalise_globally, pairs
 from ldm.training.conditioned import Conditioned, token_ids
+from ldm.training.consistency import ConsistencyTraining, consistency_losses
 from ldm.training.diffusion import DiffusionTraining, diffusion_losses, latent_batches
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Batches, Conduct, Report, train
@@ -43,7 +45,7 @@ from ldm.training.thumbnail import Thumbnail, ThumbnailTraining, thumbnail_losse
 from ldm.training.update import Objective
 from ldm.training.workers import workers
 
-KINDS = ("vae", "gan", "clip", "sigmoid", "thumbnail", "unet", "conditioned", "lora")
+KINDS = ("vae", "gan", "clip", "sigmoid", "thumbnail", "unet", "conditioned", "lora", "consistency")
 PICTURES = 28  # an epoch is three and a half batches of eight: most resumptions are in the middle of one
 MODEL = """
 autoencoder: {kind: kl, channels: 8, multipliers: [1, 2], res_blocks: 1, mid_attention: false, groups: 4}
@@ -122,23 +124,37 @@ def unet_task(kind: str, settings: dict[str, Any]) -> Task:
         network = Conditioned(ClipTextEncoder(text), unet)
         conditions = token_ids(network.text)(["a", "b c", "d", ""])
     cache = LatentCache(mean, std, conditions, torch.arange(PICTURES) % 3)
-    stage: dict[str, Any] = {"side": 16, "pictures": PICTURES, "offset_noise": 0.1, "min_snr_gamma": 5.0, **settings}
+    stage: dict[str, Any] = {"side": 16, "pictures": PICTURES, **settings}
+    if kind == "consistency":
+        return consistency_task(unet, cache, ConsistencyTraining(guidance_scale=2.0, **stage))
+    stage |= {"offset_noise": 0.1, "min_snr_gamma": 5.0}
     config = LoraTraining(rank=2, **stage) if kind == "lora" else DiffusionTraining(**stage)
     if isinstance(config, LoraTraining):
-        nn.init.normal_(unet.conv_out.weight, std=0.1)  # a fresh UNet says nothing, and nothing could be learned
-        for module in unet.modules():
-            if hasattr(module, "proj_out"):
-                nn.init.normal_(module.proj_out.weight, std=0.1)
-        adapt(unet, config)
+        adapt(talking(unet), config)
     objective = diffusion_losses(model(), noise_schedule(model()), config)
     return network, objective, latent_batches(cache, config, seed=1), config, ()
+
+
+def consistency_task(unet: UNet, cache: LatentCache, config: ConsistencyTraining) -> Task:
+    teacher = copy.deepcopy(talking(unet)).requires_grad_(False)
+    objective = consistency_losses(model(), noise_schedule(model()), config, teacher)
+    return unet, objective, latent_batches(cache, config, seed=1), config, ()
+
+
+def talking(unet: UNet) -> UNet:
+    """The UNet with numbers where a fresh one has zeros: that one says nothing, and there is nothing to learn from."""
+    nn.init.normal_(unet.conv_out.weight, std=0.1)
+    for module in unet.modules():
+        if hasattr(module, "proj_out"):
+            nn.init.normal_(module.proj_out.weight, std=0.1)
+    return unet
 
 
 TASKS: dict[str, Callable[[str, dict[str, Any]], Task]] = {
     **dict.fromkeys(("vae", "gan"), autoencoder_task),
     **dict.fromkeys(("clip", "sigmoid"), clip_task),
     "thumbnail": thumbnail_task,
-    **dict.fromkeys(("unet", "conditioned", "lora"), unet_task),
+    **dict.fromkeys(("unet", "conditioned", "lora", "consistency"), unet_task),
 }
 
 

@@ -7,6 +7,7 @@ from ldm.models.clip import ClipConfig, TowersConfig
 from ldm.models.model_config import ModelConfig
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.clip import ClipTraining
+from ldm.training.consistency import ConsistencyTraining
 from ldm.training.diffusion import UNetTraining
 from ldm.training.inversion import InversionTraining
 from ldm.training.lora import LoraTraining
@@ -37,13 +38,14 @@ class Recipe(Config):
     fine_tune: bool = False
     lora_training: LoraTraining | None = None
     inversion_training: InversionTraining | None = None
+    consistency_training: ConsistencyTraining | None = None
     sample_prompts: tuple[str, ...] = Field(min_length=1)
     sample_every: PositiveInt = 1000
 
     @model_validator(mode="after")
     def _something_learns(self) -> "Recipe":
         parts = (self.autoencoder_training, self.clip_training, self.thumbnail_training)
-        adaptations = (self.lora_training, self.inversion_training)
+        adaptations = (self.lora_training, self.inversion_training, self.consistency_training)
         if not any((*parts, *adaptations, *self.unet_training)):
             raise ValueError("nothing is trained: give a section such as unet_training")
         if (self.evaluator is None) != (self.evaluator_training is None):

@@ -115,8 +115,9 @@ def model_so_far(run: Run) -> Bundle:
         elif run.base is not None:
             module.load_state_dict(getattr(run.base, name).state_dict())
         channels_last(module).eval().requires_grad_(False)
-    adapts = run.recipe.fine_tune or run.recipe.lora_training or run.recipe.inversion_training
-    if run.base is not None and adapts:
+    recipe = run.recipe
+    adapts = recipe.lora_training or recipe.inversion_training or recipe.consistency_training
+    if run.base is not None and (recipe.fine_tune or adapts):
         if run.base.config.unet != model.unet:
             raise SettingError("model.unet: its shape differs from that of --base; leave `model` out to train that on")
         unet.load_state_dict(run.base.unet.state_dict())

@@ -36,6 +36,7 @@ from ldm.training.autoencoder import (
 from ldm.training.checkpoint import load_tensors, save_tensors
 from ldm.training.clip import Contrast, clip_losses, normalise_globally, pairs
 from ldm.training.conditioned import Condition, Conditioned, text_states, token_ids
+from ldm.training.consistency import consistency_losses
 from ldm.training.diffusion import (
     DiffusionTraining,
     UNetTraining,
@@ -48,6 +49,7 @@ from ldm.training.inversion import Inversion, save_word, worded
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Batches, Report, train
 from ldm.training.lora import adapt, merge, save_lora
+from ldm.training.parallel import compiled
 from ldm.training.perceptual import Lpips
 from ldm.training.run import Run, digest, give_weights, model_so_far, network_digest
 from ldm.training.source import latent_shards
@@ -319,6 +321,27 @@ def inversion_stage(run: Run, cache: LatentCache | None, bundle: Bundle) -> Iter
     )
     if workers().main:
         save_word(run.product("word"), inversion, config.word)
+    workers().wait()
+
+
+def consistency_stage(run: Run, cache: LatentCache | None, bundle: Bundle) -> Iterator[Report]:
+    """Distil the UNet of `bundle`, which is trained in place; leaves it, and the bundle that draws in few steps."""
+    config = run.recipe.consistency_training
+    if config is None or run.has("unet-consistency"):
+        return
+    teacher: nn.Module = copy.deepcopy(bundle.unet).eval().requires_grad_(False)
+    yield from train(
+        bundle.unet,
+        consistency_losses(bundle.config, bundle.schedule, config, compiled(teacher) if config.compile else teacher),
+        diffusion_batches(run, config, bundle, cache, run.recipe.seed),
+        config,
+        run.checkpoints("consistency"),
+        run.recipe.seed,
+        run.conduct,
+    )
+    keep(run, "unet-consistency", bundle.unet)
+    if workers().main:
+        bundle.save(run.folder / run.recipe.name)
     workers().wait()
 
 

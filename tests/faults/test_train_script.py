@@ -13,7 +13,10 @@ import torch
 from conftest import Ended, Script, tiny_model
 from test_distributed import DIGITS, samples
 
+from ldm.bundle import Bundle
 from ldm.data.shards import write_shards
+from ldm.pipeline import TextToImage
+from ldm.request import GenerationRequest
 from ldm.training import latents, record, update
 
 
@@ -172,6 +175,23 @@ def test_an_adaptation_needs_its_base_and_keeps_to_it(train: Script, recipe: Pat
         "this run began with base (sha256",
         "now it is other",
     )
+
+
+def test_a_distilled_model_is_a_bundle_that_draws_in_four_steps(train: Script, recipe: Path, tmp_path: Path) -> None:
+    write_shards(samples(8), tmp_path / "data", 4, "shades")
+    recipe.write_text(LORA.replace("lora_training", "consistency_training").replace("rank: 2", "guidance_scale: 3"))
+    data = f"data.shards={tmp_path / 'data'}/*.tar"
+    flags = ("consistency", "--config", recipe, "--run-dir", tmp_path / "run", data, "sample_every=1")
+    check(train(*flags), 2, "--base")
+    model = tiny_model()
+    torch.nn.init.normal_(model.unet.conv_out.weight)
+    assert train(*flags, "--base", model.save(tmp_path / "base")).code == 0
+    made = Bundle.load(str(tmp_path / "run" / "tiny-lora"))
+    assert (made.config.sampling.sampler, made.config.sampling.steps) == ("lcm", 4)
+    assert not torch.equal(made.unet.conv_out.weight, model.unet.conv_out.weight.half().float())
+    looks: list[int] = []
+    made.unet.register_forward_pre_hook(lambda _, given: looks.append(len(given[0])))
+    assert len(list(TextToImage(made)(GenerationRequest(prompt="a", seed=0)))) == 1 and looks == [1, 1, 1, 1]
 
 
 def test_a_signal_while_latents_are_made_ends_with_75(
