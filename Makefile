@@ -48,7 +48,7 @@ lint: $(INSTALLED)  ## check style and types
 app: $(INSTALLED)  ## start the web page
 	@$(RUN) app.py
 
-train-shapes: $(INSTALLED) $(LAST_SHARD)  ## train the bundle that ships, from nothing, on two CPU cores
+train-shapes: $(INSTALLED) $(LAST_SHARD)  ## train a shapes-256 from nothing, on two CPU cores
 	@$(RUN) scripts/train.py all --config configs/shapes.yaml --run-dir runs/shapes
 
 train-digits: $(INSTALLED)  ## train the pixel-space diffusion of hand-written digits

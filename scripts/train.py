@@ -163,6 +163,7 @@ def check(this: "Run", stage: str) -> None:
     """Say now what would stop the run later: data that do not fit, samples that cannot be drawn, odd batches."""
     from ldm.models.text import LabelConfig, LabelEncoder
     from ldm.request import GenerationRequest, resolve
+    from ldm.training.consistency import stride
     from ldm.training.optimization import micro_batches
     from ldm.training.workers import workers
 
@@ -174,6 +175,8 @@ def check(this: "Run", stage: str) -> None:
     for config in (recipe.autoencoder_training, *towers, *adaptations, *recipe.unet_training):
         if config is not None:
             micro_batches(config, workers().world)
+    if recipe.consistency_training is not None:
+        stride(model.noise_schedule.timesteps)
     for diffusion in recipe.unet_training:
         for prompt in recipe.sample_prompts:
             resolve(sample_request(prompt, diffusion.side), model)
@@ -293,21 +296,27 @@ def adapt(this: "Run", stage: str, record: "Record") -> None:
     """A LoRA of the base's UNet, a new word for it, or a UNet that needs few steps."""
     from dataclasses import replace
 
-    from ldm.training import stages
     from ldm.training.consistency import few_steps
     from ldm.training.run import model_so_far
+    from ldm.training.stages import consistency_stage, inversion_stage, lora_stage
 
-    config = getattr(this.recipe, f"{stage}_training")
+    recipe = this.recipe
+    config = {
+        "lora": recipe.lora_training,
+        "inversion": recipe.inversion_training,
+        "consistency": recipe.consistency_training,
+    }[stage]
     if config is None:
         raise SettingError(f"{stage}_training: this recipe has no such section; add one, see docs/training.md")
     if this.base is None:
         raise SettingError(f"--base: {stage} needs the model that it adapts; give its name or path")
-    cache = encoded(this, config, record)
+    mixed = this.mixing(config.mix_share)
+    cache = encoded(mixed, config, record)
     bundle = model_so_far(this)
     if stage == "consistency":
         bundle = replace(bundle, config=few_steps(bundle.config))
-    running = getattr(stages, f"{stage}_stage")(this, cache, bundle)
-    for report in shown(running, record, stage):
+    running = {"lora": lora_stage, "inversion": inversion_stage, "consistency": consistency_stage}[stage]
+    for report in shown(running(mixed, cache, bundle), record, stage):
         if stage != "inversion":
             sample(this, bundle, report, stage, config.side)
 

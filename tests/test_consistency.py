@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from ldm.bundle import noise_schedule
 from ldm.diffusion.forward import alphas_cumprod_at, diffuse
+from ldm.errors import SettingError
 from ldm.models.model_config import ModelConfig
+from ldm.pipeline import route_of
+from ldm.request import GenerationRequest, resolve
 from ldm.training.batch import Batch, Draws
-from ldm.training.consistency import ConsistencyTraining, clean_and_noise, consistency_losses, few_steps
+from ldm.training.consistency import ConsistencyTraining, clean_and_noise, consistency_losses, few_steps, stride
 
 Prediction = Literal["eps", "v", "x0"]
 STAGE = {"steps": 10, "batch_size": 64, "learning_rate": 1e-3, "side": 64, "precision": "no"}
@@ -51,8 +54,8 @@ def batch() -> Batch:
 
 
 def loss(student: nn.Module, config: ModelConfig, steps: int, guidance: float) -> float:
-    stage = ConsistencyTraining(teacher_steps=steps, guidance_scale=guidance, **STAGE)
-    objective = consistency_losses(config, noise_schedule(config), stage, Gaussian(config, ends=False))
+    stage = ConsistencyTraining(guidance_scale=guidance, **STAGE)
+    objective = consistency_losses(config, noise_schedule(config), stage, Gaussian(config, ends=False), steps)
     found = [objective(student, batch(), Draws(3, step, COUNT))["loss"] for step in range(4)]
     return float(torch.stack(found).mean())
 
@@ -112,11 +115,48 @@ def test_clean_picture_and_noise_are_found_again(prediction: Prediction) -> None
         assert torch.allclose(found, known, atol=1e-8)
 
 
-def test_a_distilled_model_draws_in_four_steps_with_one_text() -> None:
+def test_a_distilled_model_is_asked_in_four_steps_about_what_it_learned() -> None:
     config = model()
-    sampling = few_steps(config).sampling
+    made, schedule = few_steps(config), noise_schedule(config)
+    sampling = made.sampling
     assert (sampling.sampler, sampling.steps, sampling.guidance_scale) == ("lcm", 4, 1.0)
-    assert (sampling.width, few_steps(config).unet) == (config.sampling.width, config.unet)
+    assert (sampling.width, made.unet) == (config.sampling.width, config.unet)
+    route = route_of(resolve(GenerationRequest(prompt="any"), made), schedule)
+    visited = [schedule.timestep(sigma) for sigma in route.sigmas[:-1]]
+    assert visited == pytest.approx([999, 759, 499, 259], abs=1e-3)
+    assert all((round(t) + 1) % stride(len(schedule)) == 0 for t in visited)
+
+
+@pytest.mark.parametrize("timesteps", [30, 999, 1001])
+def test_a_schedule_that_cannot_be_gone_in_equal_steps_is_refused(timesteps: int) -> None:
+    with pytest.raises(SettingError, match=f"{timesteps} cannot be gone in 50 equal steps"):
+        stride(timesteps)
+
+
+def test_dropout_is_the_same_in_both_looks_and_half_precision_learns_everywhere() -> None:
+    config = model()
+    stage = ConsistencyTraining(guidance_scale=2, **STAGE)
+    torch.manual_seed(0)
+    dropped = []
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+            rows = torch.cat([x] * (len(text) // len(x))).movedim(1, -1)
+            dropped.append(self.dropout(torch.ones_like(rows)) == 0)
+            return self.linear(rows).movedim(-1, 1)
+
+    student, teacher = Network(), Network().eval().requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        consistency_losses(config, noise_schedule(config), stage, teacher)(student, batch(), Draws(0, 0, COUNT))[
+            "loss"
+        ].backward()
+    of_teacher, without, with_gradient = dropped
+    assert not of_teacher.any() and without.any() and torch.equal(without, with_gradient)
+    assert all(p.grad is not None and bool(p.grad.any()) for p in student.parameters())
 
 
 @pytest.mark.parametrize("setting", ["min_snr_gamma", "debiased", "late_share", "offset_noise"])

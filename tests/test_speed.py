@@ -132,13 +132,14 @@ def test_the_bundle_is_measured_and_its_options_are_set_beside_plain_pictures(
     assert found.values()["differs"] == {name: vars(found.differs[name]) for name in list(options)[1:]}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_pictures_in_half_precision_are_set_beside_those_in_fp32(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(bundled, "DEFAULT", str(tiny_folder))
     monkeypatch.setattr(bundled, "PROMPTS", 2)
     monkeypatch.setattr(bundled, "STEPS", 3)
-    bench = Bench(CPU, torch.bfloat16, 64, 1, 1, compiled=False, with_theirs=False)
+    bench = Bench(CPU, dtype, 64, 1, 1, compiled=False, with_theirs=False)
     bench.rooflines = dict.fromkeys(("torch.float32", "torch.bfloat16"), Roofline(1e12, 1e12))
     (found,) = BUNDLED["precision"](bench)
     assert list(found.timings) == ["torch.float32", "torch.bfloat16"] and list(found.differs) == ["torch.bfloat16"]

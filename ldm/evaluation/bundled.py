@@ -93,13 +93,12 @@ def options(bench: Bench) -> Iterator[Comparison]:
 
 
 def precision(bench: Bench) -> Iterator[Comparison]:
-    """The same prompts and seeds in 20 steps, computed in fp32 and in the number format that `auto` is."""
-    engines = {
-        str(dtype): TextToImage(Bundle.load(DEFAULT, str(bench.device), dtype))
-        for dtype in (torch.float32, bench.dtype)
-    }
+    """The same prompts and seeds in 20 steps, computed in fp32 and in bf16, or in fp16 where `auto` is that."""
+    formats = torch.float32, torch.bfloat16 if bench.dtype == torch.float32 else bench.dtype
+    engines = {str(dtype): TextToImage(Bundle.load(DEFAULT, str(bench.device), dtype)) for dtype in formats}
     tasks = {name: partial(drawn, ours, {"steps": STEPS}) for name, ours in engines.items()}
-    yield differing(bench, f"{engine(bench).bundle.name}, {PROMPTS} pictures of {STEPS} steps, number formats", tasks)
+    name = engines[str(torch.float32)].bundle.name
+    yield differing(bench, f"{name}, {PROMPTS} pictures of {STEPS} steps in two number formats", tasks)
 
 
 def drawn(ours: TextToImage, set_to: dict[str, object]) -> Drawn:

@@ -1,7 +1,8 @@
 """Muon: a matrix moves equally far in all directions that its gradients point to, however often they do.
 
 Where AdamW scales every number by itself, Muon replaces a weight's momentum by the nearest orthogonal matrix, so that
-what seldom shows in the gradients is learned as fast as what often does. What is no matrix is AdamW's.
+what seldom shows in the gradients is learned as fast as what often does. What is no matrix is AdamW's, and so are the
+fused projections in the attention of text towers, which are three matrices in one.
 """
 
 from collections import defaultdict
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from ldm.training.adamw import AdamW
 
 MOMENTUM = 0.95
-# Five rounds of this polynomial bring every singular value to between 0.7 and 1.2 (Jordan et al. 2024).
+# Five rounds of this polynomial bring all but the smallest singular values to between 0.7 and 1.2 (Jordan et al. 2024).
 ROUNDS = 5
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)
 # The update of a number is then about as large as AdamW's, and so are rates (Liu et al. 2025, 2502.16982, Section 2.2).
 LIKE_ADAMW = 0.2
-# Fewer channels are the first or last layer's: latents, colours.
+# Fewer channels are those of latents or colours, in the first and the last layer.
 LEAST_CHANNELS = 16
 TINY = 1e-7
 
@@ -64,7 +65,7 @@ class Muon(AdamW):
 
 
 def matrices(module: nn.Module) -> list[nn.Parameter]:
-    """What Muon is made for: weights that learn, of the linear layers and convolutions between first and last."""
+    """What Muon is made for: weights that learn, of linear layers and convolutions of enough channels on both sides."""
     layers = (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
     learn = {layer.weight: None for layer in layers if layer.weight.requires_grad}  # in order, and those shared once
     return [w for w in learn if isinstance(w, nn.Parameter) and min(w.shape[:2]) >= LEAST_CHANNELS]

@@ -48,6 +48,8 @@ class Recipe(Config):
         adaptations = (self.lora_training, self.inversion_training, self.consistency_training)
         if not any((*parts, *adaptations, *self.unet_training)):
             raise ValueError("nothing is trained: give a section such as unet_training")
+        if self.consistency_training is not None and self.unet_training:
+            raise ValueError("consistency_training has a recipe of its own: its bundle would take the other's place")
         if (self.evaluator is None) != (self.evaluator_training is None):
             raise ValueError("evaluator and evaluator_training come together")
         return self

@@ -297,9 +297,11 @@ def lora_stage(run: Run, cache: LatentCache | None, bundle: Bundle) -> Iterator[
     )
     if workers().main:
         base = run.base.name if run.base is not None else ""
-        save_lora(run.product("lora"), bundle.unet, config, base)
+        additions = run.product("lora").with_suffix(".part")
+        save_lora(additions, bundle.unet, config, base)
         merge(bundle.unet)
         bundle.save(run.folder / run.recipe.name)
+        additions.replace(run.product("lora"))  # last: where it is, the stage is over
     workers().wait()
 
 
@@ -329,7 +331,7 @@ def consistency_stage(run: Run, cache: LatentCache | None, bundle: Bundle) -> It
     config = run.recipe.consistency_training
     if config is None or run.has("unet-consistency"):
         return
-    teacher: nn.Module = copy.deepcopy(bundle.unet).eval().requires_grad_(False)
+    teacher: nn.Module = copy.deepcopy(bundle.unet).to(workers().device).eval().requires_grad_(False)
     yield from train(
         bundle.unet,
         consistency_losses(bundle.config, bundle.schedule, config, compiled(teacher) if config.compile else teacher),
@@ -339,10 +341,9 @@ def consistency_stage(run: Run, cache: LatentCache | None, bundle: Bundle) -> It
         run.recipe.seed,
         run.conduct,
     )
-    keep(run, "unet-consistency", bundle.unet)
     if workers().main:
         bundle.save(run.folder / run.recipe.name)
-    workers().wait()
+    keep(run, "unet-consistency", bundle.unet)
 
 
 def averaged(bundle: Bundle, report: Report) -> Bundle | None:

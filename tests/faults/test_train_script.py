@@ -187,10 +187,11 @@ def test_a_distilled_model_is_a_bundle_that_draws_in_four_steps(train: Script, r
     torch.nn.init.normal_(model.unet.conv_out.weight)
     assert train(*flags, "--base", model.save(tmp_path / "base")).code == 0
     made = Bundle.load(str(tmp_path / "run" / "tiny-lora"))
-    assert (made.config.sampling.sampler, made.config.sampling.steps) == ("lcm", 4)
+    sampling = made.config.sampling
+    assert (sampling.sampler, sampling.steps, sampling.guidance_scale) == ("lcm", 4, 1.0)
     assert not torch.equal(made.unet.conv_out.weight, model.unet.conv_out.weight.half().float())
     looks: list[int] = []
-    made.unet.register_forward_pre_hook(lambda _, given: looks.append(len(given[0])))
+    made.unet.register_forward_pre_hook(lambda _, given: looks.append(len(given[2])))  # texts
     assert len(list(TextToImage(made)(GenerationRequest(prompt="a", seed=0)))) == 1 and looks == [1, 1, 1, 1]
 
 
