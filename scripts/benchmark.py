@@ -28,6 +28,7 @@ EPILOG = """examples:
   python scripts/benchmark.py --device cuda --batch 1,16 --compile
 parts:
   help, start, sample                        whole processes: txt2img.py --help; until the UNet is asked; a picture
+  memory                                     what decoding needs beside the weights, in a process of its own
   text, unet, decode, encode, train          our networks beside those of diffusers
   attention, layers, networks                what is computed otherwise for pictures, beside the plain computation
   bundle, options, precision                 the model that ships; what options that change the picture, and bf16, spare
@@ -37,7 +38,8 @@ drifts meets all of them alike; a ratio is the median of the ratios of all turns
 same run: a square matrix product, and a 3x3 convolution of 320 channels. Memory is the peak of a process of its own.
 Reading data is not among the parts: benchmark_data.py counts processor time of one core, not turns by the clock."""
 ALONE = ("help", "bundle")  # processes that have nothing to compare with, and are short
-PROCESSES = (*ALONE, "start", "sample")
+DRAWING = ("start", "sample")
+PROCESSES = (*ALONE, *DRAWING, "memory")
 OF_BUNDLE = ("bundle", "options", "precision")
 INSIDE = ("text", "unet", "decode", "encode", "attention", "layers", "networks", "train", *OF_BUNDLE)
 PARTS = tuple(dict.fromkeys((*PROCESSES, *INSIDE)))
@@ -179,7 +181,7 @@ def processes(
     if with_theirs:
         programs |= {"diffusers, default": ("diffusers", "float32"), "diffusers, best": ("diffusers", best)}
     with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
-        stand_in = write(Path(folder)) if set(kinds) - set(ALONE) else ()
+        stand_in = write(Path(folder)) if set(kinds) & set(DRAWING) else (folder, folder)
         given = (str(device), *map(str, stand_in), str(steps), str(side), f"{folder}/picture.png")
         drawing = ("--prompt", PROMPT, "--device", str(device), "--dtype", best, "--outdir", folder)
         for kind in kinds:
@@ -189,8 +191,9 @@ def processes(
                 commands = {name: (__file__, "--child", kind, *one, *given) for name, one in programs.items()}
             peaks: dict[str, list[int]] = {name: [] for name in commands}
 
-            def work(name: str, command: Sequence[str], peaks: dict[str, list[int]] = peaks) -> None:
-                peaks[name].append(ended([sys.executable, *command])[1])
+            def work(name: str, command: Sequence[str], kind: str = kind, peaks: dict[str, list[int]] = peaks) -> None:
+                said, peak = ended([sys.executable, *command])
+                peaks[name].append(int(said.split()[-1]) if kind == "memory" else peak)
 
             contenders = {name: partial(work, name, command) for name, command in commands.items()}
             turns = repeat if kind in ALONE else min(repeat, 2)
@@ -202,6 +205,7 @@ def processes(
                 "bundle": "the bundle, from the start of the process to its end, with a picture",
                 "start": "from the start of the process to the first call of the UNet",
                 "sample": f"whole process, {steps} steps, {side}x{side}",
+                "memory": f"decoding {side}x{side} in its own process; memory: what it needs beside the weights",
             }
             yield words[kind], found
 
@@ -219,12 +223,44 @@ def child(
                 os._exit(0)
 
         register_module_forward_pre_hook(leave)
-    if program == "ldm":
+    if kind == "memory":
+        print(memory_of_decoding(program, dtype, device, int(side)), file=sys.stderr)
+    elif program == "ldm":
         flags = ["--model", model, "--prompt", PROMPT, "--steps", steps, "--size", f"{side}x{side}", "--seed", "1"]
         sys.argv = ["txt2img.py", *flags, "--device", device, "--dtype", dtype, "--output", to]
         runpy.run_path(TXT2IMG, run_name="__main__")
     else:
         draw_with_diffusers(dtype, device, model, config, int(steps), int(side), to)
+
+
+def memory_of_decoding(program: str, dtype: str, device: str, side: int) -> int:
+    """Bytes beside the weights that a program's autoencoder needs to decode one picture."""
+    import torch
+
+    from ldm.evaluation.processes import memory_beside
+    from ldm.evaluation.stand_in import shapes, their_autoencoder
+    from ldm.machine import keep_freed_memory
+    from ldm.models.text import open_clip_module
+
+    ours = program == "ldm"
+    if ours:
+        keep_freed_memory()
+    else:
+        open_clip_module()
+    decoder: Any = shapes().autoencoder.to_empty(device="cpu") if ours else their_autoencoder().eval()
+    decoder.requires_grad_(False).to(device, getattr(torch, dtype))
+    for parameter in decoder.parameters():
+        parameter.normal_(0.0, 0.02)
+    if ours or dtype != "float32":
+        decoder.to(memory_format=torch.channels_last)
+    x = torch.randn(1, 4, side // 8, side // 8, device=device, dtype=torch.float32 if ours else getattr(torch, dtype))
+    with torch.inference_mode():
+        if device == "cpu":
+            return memory_beside(lambda: decoder.decode(x))
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        decoder.decode(x)
+        return torch.cuda.max_memory_allocated() - before
 
 
 def draw_with_diffusers(dtype: str, device: str, model: str, config: str, steps: int, side: int, to: str) -> None:

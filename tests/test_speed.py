@@ -249,6 +249,24 @@ def test_memory_of_a_process_is_its_own_and_not_that_of_who_starts_it() -> None:
             ended([sys.executable, "-c", code])
 
 
+def test_memory_beside_what_there_is() -> None:
+    code = (
+        "import sys; from ldm.evaluation.processes import memory_beside; held = bytearray(10**8); "
+        "print(memory_beside(lambda: len(b'x' * 2 * 10**8)), memory_beside(lambda: len(held)), file=sys.stderr)"
+    )
+    more, nothing = map(int, ended([sys.executable, "-c", code])[0].split())
+    assert 190e6 < more < 220e6 and nothing < 20e6, "neither what there was nor what there once was"
+
+
+def test_decoding_needs_memory_that_grows_with_the_picture() -> None:
+    def needed(side: int) -> int:
+        script = str(SCRIPTS / "benchmark.py")
+        given = ("memory", "ldm", "bfloat16", "cpu", "none", "none", "1", str(side), "none")
+        return int(ended([sys.executable, script, "--child", *given])[0].split()[-1])
+
+    assert 1e6 < needed(64) < needed(192) < 3e8
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parity
@@ -257,11 +275,12 @@ def test_whole_processes_are_measured_with_their_memory(
 ) -> None:
     out = tmp_path / "figures.json"
     ended = in_process("benchmark.py")(
-        "--quick", "--side", "64", "--only", "start,sample", "--device", "cpu", "--out", out
+        "--quick", "--side", "64", "--only", "start,sample,memory", "--device", "cpu", "--out", out
     )
     assert ended.code == 0, ended.err
     figures = json.loads(out.read_text())
-    start, whole = (found["contenders"] for what, found in figures.items() if what != "machine")
-    assert list(start) == list(whole) == [OURS, DEFAULT, BEST]
+    start, whole, decoding = (found["contenders"] for what, found in figures.items() if what != "machine")
+    assert list(start) == list(whole) == list(decoding) == [OURS, DEFAULT, BEST]
+    assert all(1e6 < one["peak"] < 1e8 for one in decoding.values()), "a picture of 64 pixels, without the weights"
     assert all(one["peak"] > 1e8 for found in (start, whole) for one in found.values())
     assert whole[OURS]["median"] > start[OURS]["median"]

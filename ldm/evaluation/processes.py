@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ldm.errors import MachineError
 
+CLEAR = Path("/proc/self/clear_refs")  # 5 in it: the peak begins anew
 # Linux counts the memory of who starts a process as that process's own until it runs, so a small one starts it.
 STARTER = """
 import os, sys
@@ -33,3 +35,19 @@ def ended(command: Sequence[str]) -> tuple[str, int]:
         last = said.strip().splitlines()[-1:]
         raise MachineError(f"benchmark: a process ended with exit code {done.returncode}: {last}; run it by itself")
     return said, int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_beside(work: Callable[[], object]) -> int:
+    """The most bytes that this process had at once while it worked, beside what it has before."""
+    if not CLEAR.exists():
+        raise MachineError("benchmark: only Linux forgets how much memory a process once had; leave this part out")
+    before = status("VmRSS")
+    CLEAR.write_text("5")
+    work()
+    return status("VmHWM") - before
+
+
+def status(name: str) -> int:
+    """A number of bytes that Linux knows of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -81,18 +81,12 @@ def theirs(stand_in: StandIn, dtype: torch.dtype, nchw: bool) -> Theirs:
     import diffusers
     import transformers
 
-    unet, autoencoder, text = stand_in.config.unet, stand_in.config.autoencoder, stand_in.config.text
-    assert isinstance(autoencoder, AutoencoderConfig) and isinstance(text, ClipTextConfig)
-    levels, kinds = len(autoencoder.multipliers), ["CrossAttn" if attends else "" for attends in unet.attention]
+    unet, text = stand_in.config.unet, stand_in.config.text
+    assert isinstance(text, ClipTextConfig)
+    kinds = ["CrossAttn" if attends else "" for attends in unet.attention]
     with torch.device("meta"):
         networks: tuple[Any, Any] = (
-            diffusers.AutoencoderKL(
-                block_out_channels=tuple(autoencoder.channels * multiplier for multiplier in autoencoder.multipliers),
-                down_block_types=("DownEncoderBlock2D",) * levels,
-                up_block_types=("UpDecoderBlock2D",) * levels,
-                layers_per_block=autoencoder.res_blocks,
-                norm_num_groups=autoencoder.groups,
-            ),
+            their_autoencoder(),
             diffusers.UNet2DConditionModel(
                 block_out_channels=tuple(unet.widths),
                 down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
@@ -124,6 +118,22 @@ def theirs(stand_in: StandIn, dtype: torch.dtype, nchw: bool) -> Theirs:
     tower.load_state_dict({f"{prefix}{name}": tensor for name, tensor in hf_text(stand_in.text).items()})
     device = next(stand_in.unet.parameters()).device
     return Theirs(networks[0], tower.to(device, dtype).eval().requires_grad_(False), networks[1])
+
+
+def their_autoencoder() -> Any:
+    """The autoencoder in diffusers' class, with weights as that makes them."""
+    import diffusers
+
+    shape = config().autoencoder
+    assert isinstance(shape, AutoencoderConfig)
+    levels = len(shape.multipliers)
+    return diffusers.AutoencoderKL(
+        block_out_channels=tuple(shape.channels * multiplier for multiplier in shape.multipliers),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=shape.res_blocks,
+        norm_num_groups=shape.groups,
+    )
 
 
 def hf_text(text: ClipTextEncoder) -> dict[str, Tensor]:
