@@ -70,6 +70,13 @@ def test_what_knows_where_trajectories_end_has_the_least_loss(prediction: Predic
     )
 
 
+def test_the_last_step_ends_in_what_the_teacher_says_and_not_in_the_student() -> None:
+    config = model()
+    teacher = Gaussian(config, ends=False)
+    assert loss(teacher, config, 1, 1.0) < 1e-7, "of one step the last is the first"
+    assert loss(Gaussian(config, ends=True), config, 1, 1.0) > 0.01
+
+
 def test_guidance_is_built_in() -> None:
     config = model()
     known = loss(Gaussian(config, ends=True, guidance=GUIDED), config, 50, GUIDED)
