@@ -32,7 +32,7 @@ averaged weights. Latents and text states lie ready for both. They take turns; t
 with an interval of 95 % that supposes nothing about how times are distributed."""
 LEAST = {"channels": 32, "side": 8, "batch": 1, "rounds": 6}
 WORDS, CONTEXT = 77, 768
-OURS, COMPILED, THEIRS = "ldm", "ldm, compiled", "diffusers"
+OURS, COMPILED, MUON, THEIRS = "ldm", "ldm, compiled", "ldm, Muon", "diffusers"
 
 
 class Given(NamedTuple):
@@ -55,6 +55,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--batch", type=int, default=8, metavar="N", help="samples of a step (8)")
     made.add_argument("--rounds", type=int, default=12, metavar="N", help="turns of each (12)")
     made.add_argument("--compile", action="store_true", help="ours also behind torch.compile")
+    made.add_argument("--muon", action="store_true", help="ours also with Muon in place of AdamW")
     made.add_argument("--no-theirs", action="store_true", help="ours alone, without diffusers")
     made.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda (auto)")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -78,9 +79,11 @@ def main() -> None:
     config = model(args)
     given = numbers(args, device)
     with tempfile.TemporaryDirectory() as folder:
-        contenders = {OURS: ours(config, given, args.rounds, False, Path(folder) / "eager")}
+        contenders = {OURS: ours(config, given, args.rounds, Path(folder) / "eager")}
         if args.compile:
-            contenders[COMPILED] = ours(config, given, args.rounds, True, Path(folder) / "compiled")
+            contenders[COMPILED] = ours(config, given, args.rounds, Path(folder) / "compiled", compile=True)
+        if args.muon:
+            contenders[MUON] = ours(config, given, args.rounds, Path(folder) / "muon", optimizer="muon")
         if not args.no_theirs:
             contenders[THEIRS] = theirs(config, given)
         found = compare("training step", contenders, args.rounds, device, work(config, given))
@@ -162,8 +165,8 @@ def network(config: "ModelConfig") -> "nn.Module":
     return made
 
 
-def ours(config: "ModelConfig", given: Given, rounds: int, compiled: bool, folder: Path) -> Callable[[], object]:
-    """One step of our training loop, which goes on at each call."""
+def ours(config: "ModelConfig", given: Given, rounds: int, folder: Path, **chosen: object) -> Callable[[], object]:
+    """One step of our training loop, which goes on at each call; `chosen` are settings of the stage."""
     from ldm.bundle import noise_schedule
     from ldm.nn.layers import channels_last
     from ldm.training.batch import Batch
@@ -173,8 +176,8 @@ def ours(config: "ModelConfig", given: Given, rounds: int, compiled: bool, folde
     count = len(given.mean)
     settings = {
         "side": config.sampling.width, "steps": rounds + 9, "batch_size": count, "learning_rate": 1e-5,
-        "warmup_steps": 0, "decay": 0.0, "betas": (0.9, 0.999), "precision": "bf16", "compile": compiled,
-        "save_every": rounds + 9, "keep": 1,
+        "warmup_steps": 0, "decay": 0.0, "betas": (0.9, 0.999), "precision": "bf16",
+        "save_every": rounds + 9, "keep": 1, **chosen,
     }  # fmt: skip
     stage = DiffusionTraining.model_validate(settings)
     batch = Batch((given.mean, given.std, given.text), (given.null,), tuple(map(str, range(count))))

@@ -29,10 +29,11 @@ def test_a_ratio_has_the_interval_of_the_sign_test() -> None:
 
 
 def test_our_step_alone_is_measured(benchmark: Script, tmp_path: Path) -> None:
-    ended = benchmark(*TINY, "--no-theirs", "--out", tmp_path / "out.json")
+    ended = benchmark(*TINY, "--no-theirs", "--muon", "--out", tmp_path / "out.json")
     assert ended.code == 0, ended.err
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert len(figures["contenders"]["ldm"]["seconds"]) == 6 and "| ldm | " in ended.out
+    assert [len(one["seconds"]) for one in figures["contenders"].values()] == [6, 6]
+    assert "| ldm | " in ended.out and "| ldm, Muon | " in ended.out
     refused = benchmark(*TINY[:-1], "5")
     assert refused.code == 2 and "--rounds: got 5" in refused.err
 
@@ -43,7 +44,7 @@ def test_both_train_the_same_network_on_the_same_loss(benchmark: Script, tmp_pat
     args = Namespace(channels=32, side=8, batch=64, sd15=False)
     config = SCRIPT["model"](args)
     given = SCRIPT["numbers"](args, torch.device("cpu"))
-    losses = [SCRIPT["ours"](config, given, 6, False, tmp_path)().losses["loss"], SCRIPT["theirs"](config, given)()]
+    losses = [SCRIPT["ours"](config, given, 6, tmp_path)().losses["loss"], SCRIPT["theirs"](config, given)()]
     # Of a network with random weights: 1 of the noise and the mean square of its output, which are the same for both
     # but for the noise and timesteps that each draws; a network of other weights would be far off.
     assert losses[0] == pytest.approx(losses[1], rel=0.1) and losses[0] > 1.2

@@ -177,6 +177,23 @@ def attention(bench: Bench) -> Iterator[Comparison]:
             }
             work = Operations(product=4.0 * 2 * bench.batch * heads * rows * columns * width)
             yield bench.compare(f"attention {rows} to {columns}, {heads} heads {width} wide", contenders, work)
+    for rows, columns in ((256, 256), (256, 77), (64, 64)):
+        lengths = (rows, columns, columns)
+        q, k, v = (bench.given(DEFAULT, (16, n, 4, 32)).transpose(1, 2).to(bench.dtype) for n in lengths)
+        contenders = {
+            OURS: partial(with_gradients, our_attention, q, k, v),
+            "PyTorch": partial(with_gradients, F.scaled_dot_product_attention, q, k, v),
+        }
+        # The way back has five products, two of them those of the way there.
+        work = Operations(product=14.0 * 16 * 4 * rows * columns * 32)
+        yield bench.compare(f"attention {rows} to {columns}, with gradients, 4 heads 32 wide", contenders, work)
+
+
+def with_gradients(compute: Any, *inputs: Tensor) -> None:
+    """Attention as in training: there and back."""
+    with torch.inference_mode(False), torch.enable_grad():
+        asked = [tensor.clone().requires_grad_() for tensor in inputs]
+        compute(*asked).sum().backward()
 
 
 def layers(bench: Bench) -> Iterator[Comparison]:
