@@ -24,9 +24,10 @@ from ldm.formats.describe import BUNDLE_CONFIG as CONFIG
 from ldm.formats.describe import BUNDLE_PARTS as PARTS
 from ldm.formats.describe import layout
 from ldm.formats.evidence import Description, Prediction
-from ldm.formats.export_bundle import MANIFEST, write_manifest
+from ldm.formats.export_bundle import write_manifest
 from ldm.formats.fill import fill
 from ldm.formats.finding import DEFAULT, find
+from ldm.formats.manifest import MANIFEST, read_manifest
 from ldm.formats.pieces import weight_files
 from ldm.formats.read import OpenModel, open_model, read_bundle_config
 from ldm.models.autoencoder import Autoencoder, KLAutoencoder
@@ -148,20 +149,15 @@ class Bundle:
 
 def verify(folder: Path) -> str:
     """Check every file against the manifest; returns one digest of the whole bundle."""
-    path = folder / MANIFEST
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["sha256"]
-        items = sorted((str(name), str(digest)) for name, digest in entries.items())
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; copy the whole model folder again") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{path}: not a manifest; copy the whole model folder again") from None
+    manifest = read_manifest(folder)
     for file in (folder / CONFIG, *(path for part in PARTS for path in weight_files(folder, part))):
+        beside = "" if file.parent == folder else f"../{file.parent.name}/"
         if not file.is_file():
-            raise ModelError(f"{file}: no such file; copy the whole model folder again")
-        if dict(items).get(file.name) != sha256(file):
+            also = f", and {file.parent.name} beside it" if beside else ""
+            raise ModelError(f"{file}: no such file; copy the whole model folder again{also}")
+        if manifest.sha256.get(beside + file.name) != sha256(file):
             raise ModelError(f"{file}: sha256 differs from {MANIFEST}: torn or changed; copy the model folder again")
-    return hashlib.sha256(json.dumps(items).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(manifest.sha256.items())).encode()).hexdigest()
 
 
 def networks(

@@ -36,6 +36,9 @@ def parser() -> ArgumentParser:
     made.add_argument("--to", choices=LAYOUTS, required=True, help="the layout that is written")
     made.add_argument("--dtype", choices=tuple(DTYPES), help="number format of the weights [as they are]")
     made.add_argument("--largest", type=float, metavar="MB", help="with --to bundle, of any file [one file a network]")
+    made.add_argument(
+        "--sharing", metavar="NAME", help="with --to bundle, of the bundle NAME beside it, what is the same"
+    )
     made.add_argument("--ema", action="store_true", help="take the averaged weights of the UNet [the others]")
     made.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts [told from the source]")
     made.add_argument("--check", action="store_true", help="compare what both models compute")
@@ -55,7 +58,7 @@ def main() -> None:
     dtype = DTYPES.get(args.dtype)
     if args.to == "bundle":
         largest = None if args.largest is None else round(args.largest * 1e6)
-        to_bundle(args.destination, opened.config, opened.parts, dtype, largest)
+        to_bundle(args.destination, opened.config, opened.parts, dtype, largest, args.sharing)
     else:
         model = exported(opened.config, opened.parts, opened.description.path)
         write = to_single_file if args.to == "single-file" else to_diffusers
@@ -80,6 +83,20 @@ def check_destination(args: argparse.Namespace) -> None:
     if args.largest is not None and (args.to != "bundle" or not args.largest >= 1):
         raise SettingError(f"--largest: got {args.largest:g}, expected 1 or more, and --to bundle; correct it")
     check_writable(destination.parent)
+    if args.sharing is not None:
+        check_sharing(args)
+
+
+def check_sharing(args: argparse.Namespace) -> None:
+    """Raise SettingError where there is no bundle of that name beside the destination."""
+    from ldm.formats.describe import BUNDLE_CONFIG
+    from ldm.formats.manifest import is_name
+
+    beside = args.destination.parent / args.sharing
+    if args.to != "bundle" or not is_name(args.sharing) or not (beside / BUNDLE_CONFIG).is_file():
+        raise SettingError(
+            f"--sharing: no bundle {args.sharing[:80]!r} beside {args.destination}, or not --to bundle; correct it"
+        )
 
 
 def open_source(args: argparse.Namespace) -> "OpenModel":

@@ -1,6 +1,7 @@
 """One model in every layout: number for number, with its config, and what has no counterpart is refused by name."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ldm.errors import ModelError
 from ldm.formats import keys
 from ldm.formats.export_bundle import to_bundle
 from ldm.formats.fill import whole
+from ldm.formats.manifest import MANIFEST
 from ldm.formats.read import OpenModel, open_model, open_tensors
 from ldm.formats.tensors import MemoryTensor, read_header
 from ldm.formats.write import write_tensors
@@ -310,6 +312,57 @@ def test_a_model_in_small_files_is_the_same_model(convert: Script, bundle: Path,
     assert convert("--to", "bundle", small, tmp_path / "back", "--largest", "16").code == 0
     assert (tmp_path / "back" / "unet.safetensors").is_file()
     assert convert("--to", "single-file", small, tmp_path / "one.safetensors", "--largest", "16").code == 2
+
+
+def test_a_bundle_can_share_networks_with_the_one_beside_it(convert: Script, bundle: Path, tmp_path: Path) -> None:
+    first, other, second = (tmp_path / name for name in ("first", "other", "second"))
+    model = Bundle.load(str(bundle))
+    model.save(first)
+    torch.nn.init.normal_(model.unet.conv_out.weight)
+    model.save(other)
+    ended = convert("--to", "bundle", other, second, "--sharing", "first")
+    assert ended.code == 0, ended.err
+    assert sorted(path.name for path in second.iterdir()) == ["config.yaml", "manifest.json", "unet.safetensors"]
+    assert_same_numbers(open_model(other), open_model(second))
+    assert len(verify(second)) == 64 and verify(second) != verify(first)
+    drawn = [Bundle.load(str(path)) for path in (other, second)]
+    assert torch.equal(*(one.unet.conv_out.weight for one in drawn))
+    assert torch.equal(*(one.text.encode(["a red circle"]).tokens for one in drawn))
+    assert convert("--to", "bundle", second, tmp_path / "whole").code == 0
+    assert (tmp_path / "whole" / "text.safetensors").is_file(), "written whole again where nobody asks for less"
+
+    shutil.copytree(second, tmp_path / "alone" / "second")
+    with pytest.raises(ModelError, match="no such file; copy the whole model folder again, and first beside it"):
+        verify(tmp_path / "alone" / "second")
+    changed = first / "text.safetensors"
+    changed.write_bytes(changed.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ModelError, match="sha256 differs"):
+        verify(second)
+
+
+@pytest.mark.parametrize("beside", ["..", ".", "", "a/b", "/etc", "../first"])
+def test_a_manifest_names_nothing_but_folders_beside_it(bundle: Path, tmp_path: Path, beside: str) -> None:
+    folder = tmp_path / "second"
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"shared": {"text": beside}}))
+    (folder / "text.safetensors").unlink()
+    for read in (open_model, verify):
+        with pytest.raises(ModelError, match="not the name of a folder"):
+            read(folder)
+
+
+def test_nothing_is_shared_that_differs_or_is_not_there(convert: Script, bundle: Path, tmp_path: Path) -> None:
+    Bundle.load(str(bundle)).save(tmp_path / "first")
+    for flags, words in (
+        (("bundle", "--sharing", "first", "--dtype", "float32"), "no network of first is the same"),
+        (("bundle", "--sharing", "nobody"), "no bundle 'nobody' beside"),
+        (("bundle", "--sharing", "../first"), "no bundle '../first' beside"),
+        (("diffusers", "--sharing", "first"), "or not --to bundle"),
+    ):
+        ended = convert("--to", flags[0], bundle, tmp_path / "second", *flags[1:])
+        assert ended.code == 2 and words in ended.errors[0]
+        assert not (tmp_path / "second").exists()
 
 
 def test_pieces_of_two_models_or_too_few_are_refused(bundle: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The weights of one network lie in one file or, where files must be small, in pieces that say how many they are.
 
 `unet.safetensors`, or `unet-00001-of-00003.safetensors` and its fellows: the names that other programs give to pieces.
-Every piece is a whole safetensors file, and a tensor is never cut.
+Every piece is a whole safetensors file, and a tensor is never cut. All may lie in the folder of another bundle, which
+has the same network; the manifest then says so.
 """
 
 import re
@@ -9,16 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ldm.errors import ModelError
+from ldm.formats.manifest import MANIFEST, read_manifest
 from ldm.formats.tensors import FileTensor, StoredTensor, read_header
 
 HEADER = 65_536  # bytes, more than the header of any piece
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """The files of one network of a model folder, in order. Raises ModelError where pieces are missing or too many.
+    """The files of one network of a model folder, in order, its own or those of the bundle that it shares them with.
 
-    The one whole file where there is none: who reads it says that it is not there.
+    The one whole file where there is none: who reads it says that it is not there. Raises ModelError where pieces are
+    missing or too many, and for a manifest that is none.
     """
+    own = own_files(folder, part)
+    if own[0].exists() or not (folder / MANIFEST).is_file():
+        return own
+    beside = read_manifest(folder).shared.get(part)
+    return own if beside is None else own_files(folder / ".." / beside, part)
+
+
+def own_files(folder: Path, part: str) -> list[Path]:
+    """The files of one network that lie in a folder itself, as `weight_files` has them."""
     whole, found = folder / f"{part}.safetensors", sorted(folder.glob(f"{part}-*-of-*.safetensors"))
     if not found:
         return [whole]

@@ -13,7 +13,8 @@ import torch
 from conftest import SCRIPTS, Ended, start
 from safetensors.torch import load_file, save_file
 
-from ldm.formats.export_bundle import MANIFEST, sha256
+from ldm.files import sha256
+from ldm.formats.manifest import MANIFEST
 
 Script = Callable[..., Ended]
 
