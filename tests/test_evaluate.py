@@ -228,6 +228,19 @@ def test_the_tower_that_conditions_is_recognised(run_folder: Path) -> None:
     assert not evaluator.shares_text_tower(ClipTextEncoder(ClipTextConfig(**{**TEXT, "width": 16})))
 
 
+def test_a_tower_that_went_on_from_the_judges_own_is_recognised(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder, tmp_path / "run")
+    for seed, name in ((1, "text-thumbnail"), (2, "text-0")):
+        save_tensors(tmp_path / "run" / f"{name}.safetensors", dict(clip(seed).text.state_dict()))
+    evaluator = open_evaluator(tmp_path / "run")
+    assert all(evaluator.shares_text_tower(clip(seed).text) for seed in (0, 1, 2))
+    assert not evaluator.shares_text_tower(clip(3).text)
+    told = {"clip": json.dumps({"image": IMAGE, "text": TEXT})}
+    save_tensors(tmp_path / "run" / "evaluator.safetensors", dict(clip(3).state_dict()), told)
+    judge = open_evaluator(tmp_path / "run")
+    assert not judge.shares_text_tower(clip(2).text), "the run's other CLIP has not taught the model"
+
+
 class Means(nn.Module):
     """Channel means; with `return_features` of levels, otherwise nothing."""
 

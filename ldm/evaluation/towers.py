@@ -2,8 +2,9 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,10 @@ class Extractor:
 
 
 class Evaluator:
-    """A CLIP as a judge: unit vectors of pictures and of texts."""
+    """A CLIP as a judge: unit vectors of pictures and texts. `descendants`: text towers that went on from its own."""
 
-    def __init__(self, name: str, digest: str, clip: Clip) -> None:
-        self.name, self.sha256, self.clip = name, digest, clip
+    def __init__(self, name: str, digest: str, clip: Clip, descendants: Sequence[Path] = ()) -> None:
+        self.name, self.sha256, self.clip, self.descendants = name, digest, clip, descendants
         self._known: dict[str, Array] = {}
 
     @property
@@ -70,13 +71,23 @@ class Evaluator:
         return self.clip.text_projection.weight.device
 
     def shares_text_tower(self, text: object) -> bool:
-        """Whether these are the weights, to half precision, of the text tower that a model is conditioned with."""
+        """Whether a model reads with this text tower, or with one that went on from it: the weights, to half precision.
+
+        Raises ModelError for descendants that cannot be read.
+        """
         if not isinstance(text, nn.Module):
             return False
-        mine, theirs = self.clip.text.state_dict(), text.state_dict()
-        return {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in theirs.items()} and all(
-            torch.equal(mine[name].cpu().half(), theirs[name].cpu().half()) for name in mine
+        theirs = {name: tensor.cpu().half() for name, tensor in text.state_dict().items()}
+        towers: Iterator[Mapping[str, Tensor]] = chain([self.clip.text.state_dict()], map(_tensors, self.descendants))
+        return any(
+            {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in theirs.items()}
+            and all(torch.equal(mine[name].cpu().half(), theirs[name]) for name in mine)
+            for mine in towers
         )
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return {name: whole(tensor, f"{path}: {name}") for name, tensor in read_header(path).tensors.items()}
 
 
 def open_extractor(path: Path, side: int, device: str = "cpu") -> Extractor:
@@ -129,7 +140,9 @@ def open_evaluator(path: Path, device: str = "cpu") -> Evaluator:
     refuse_difference(str(path), wanted, found, "the CLIP that its recipe describes", "name the run's own file")
     clip.load_state_dict({name: whole(t, f"{path}: {name}").float() for name, t in stored.items()}, strict=False)
     name = f"ldm-clip {path.absolute().parent.name}/{path.stem}"
-    return Evaluator(name, sha256(path), clip.to(device).eval().requires_grad_(False))
+    # A run teaches the tower of its CLIP more, and the model then reads with what has become of it.
+    grown = sorted(path.parent.glob("text*.safetensors")) if path.name == PRODUCTS[-1] else []
+    return Evaluator(name, sha256(path), clip.to(device).eval().requires_grad_(False), grown)
 
 
 def _shape(path: Path, metadata: dict[str, str]) -> tuple[ClipConfig, ClipTextConfig]:
