@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,24 @@ def test_a_text_tower_that_learns_with_the_unet_is_read_with_from_then_on(tmp_pa
     assert any(torch.equal(condition, states[1][0].half()) for condition in cache.conditions)
     assert [*unet_stage(run, 1, cache, model_so_far(run))]
     assert torch.allclose(Bundle.load(str(finish(run))).text.encode(["a red"]).tokens, states[1], atol=1e-2)  # fp16
+
+
+def test_a_tower_that_learns_later_is_left_as_it_is_before_and_both_stages_share_latents(tmp_path: Path) -> None:
+    run = coloured(tmp_path)
+    later, first = run.recipe.unet_training
+    run = replace(run, recipe=run.recipe.model_copy(update={"unet_training": (first, later)}))
+    untaught = model_so_far(run).text.encode(["a red"]).tokens
+    *_, cache = latents_stage(run, first, 12)
+    assert isinstance(cache, LatentCache) and cache.conditions.shape == (3, 8, 1), "ids, as the later stage needs them"
+    bundle = model_so_far(run)
+    before = bundle.unet.conv_out.weight.clone()
+    assert [*unet_stage(run, 0, cache, bundle)]
+    assert torch.equal(bundle.text.encode(["a red"]).tokens, untaught) and not run.has("text-0")
+    assert not torch.equal(bundle.unet.conv_out.weight, before)
+    again = list(latents_stage(run, later, 12))
+    assert len(again) == 1, "nothing is encoded twice"
+    assert [*unet_stage(run, 1, cache, model_so_far(run))] and run.has("text-1")
+    assert not torch.allclose(model_so_far(run).text.encode(["a red"]).tokens, untaught, atol=1e-3)
 
 
 def test_encoding_that_is_stopped_goes_on_behind_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

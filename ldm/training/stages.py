@@ -168,7 +168,7 @@ def latents_stage(run: Run, stage: DiffusionTraining, count: int) -> Iterator[in
 
     The main process encodes; the others wait for its file.
     """
-    bundle, ids = model_so_far(run), trains_text(stage)
+    bundle, ids = model_so_far(run), reads_ids(run, stage)
     products = [run.product("autoencoder"), *([] if ids else [run.text])]
     made_from: dict[str, object] = {path.stem: str(path.stat().st_mtime_ns) for path in products if path.is_file()}
     if run.base is not None:
@@ -199,7 +199,7 @@ def encoded_parts(
     run: Run, stage: DiffusionTraining, count: int, bundle: Bundle, path: Path, about: dict[str, object]
 ) -> Iterator[int | LatentCache]:
     """The latents in parts of PART pictures, each kept beside `path` once it is there; yields as `encode` does."""
-    condition = encoding(bundle, stage, torch.float16)
+    condition = encoding(run, bundle, stage, torch.float16)
     pictures = run.pictures(ENCODED_AT_ONCE, stage.side, run.recipe.seed, alone=True)
     for first in range(0, count, PART):
         kept, of = path.with_stem(f"{path.stem}-{first:08d}"), {**about, "first": first}
@@ -226,22 +226,25 @@ def diffusion_batches(
         digests = (network_digest(bundle, "autoencoder"), network_digest(bundle, "text"))
         made_from, data = MadeFrom(*digests, stage.side), run.recipe.data
         return shard_batches(latent_shards(stage.latents, data, stage.batch_size, seed, made_from), data.workers)
-    condition = encoding(bundle, stage, torch.float32)
+    condition = encoding(run, bundle, stage, torch.float32)
     pictures = run.pictures(stage.batch_size, stage.side, seed)
     return encoded_batches(pictures, stage, bundle.autoencoder, condition, workers().device)
 
 
-def encoding(bundle: Bundle, stage: DiffusionTraining, dtype: torch.dtype) -> Condition:
+def encoding(run: Run, bundle: Bundle, stage: DiffusionTraining, dtype: torch.dtype) -> Condition:
     """Bring autoencoder and text tower to the device; what the UNet is then given for prompts, states in `dtype`."""
     for module in (bundle.autoencoder, bundle.text):
         assert isinstance(module, nn.Module)
         module.to(workers().device)
-    return token_ids(readable(bundle, "train_text")) if trains_text(stage) else text_states(bundle.text, dtype)
+    return token_ids(readable(bundle, "train_text")) if reads_ids(run, stage) else text_states(bundle.text, dtype)
 
 
-def trains_text(stage: DiffusionTraining) -> bool:
-    """Whether the text tower learns in this stage."""
-    return isinstance(stage, UNetTraining) and stage.train_text
+def reads_ids(run: Run, stage: DiffusionTraining) -> bool:
+    """Whether a stage is given token ids for text states: the tower learns in it or later, with the same latents."""
+    stages = run.recipe.unet_training
+    if not isinstance(stage, UNetTraining) or stage.latents is not None:
+        return False
+    return any(one.train_text for one in stages[stages.index(stage) :])
 
 
 def readable(bundle: Bundle, setting: str) -> ClipTextEncoder:
@@ -263,8 +266,8 @@ def unet_stage(run: Run, index: int, cache: LatentCache | None, bundle: Bundle) 
     if index > 0:
         bundle.unet.load_state_dict(load_tensors(run.product(f"unet-{index - 1}")))
     network: nn.Module = bundle.unet
-    if stage.train_text:
-        network = Conditioned(readable(bundle, "train_text").requires_grad_(True), bundle.unet)
+    if reads_ids(run, stage):
+        network = Conditioned(readable(bundle, "train_text").requires_grad_(stage.train_text), bundle.unet)
     yield from train(
         network,
         diffusion_losses(bundle.config, bundle.schedule, stage),
