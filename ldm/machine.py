@@ -26,11 +26,11 @@ def check_names(device: str, dtype: str) -> None:
         raise SettingError(f"dtype: no dtype {dtype!r}{nearest(dtype[:100], DTYPES)}; use one of {', '.join(DTYPES)}")
 
 
-def keep_freed_memory(largest: int = 2**30) -> None:
+def keep_freed_memory(largest: int = 2**30, most: int = 2**30) -> None:
     """Have the C library give freed memory to the next tensor instead of back to the system, where it is glibc.
 
     Large tensors come and go with every layer, and the system clears every page that it gives out. Of itself glibc
-    keeps no block of more than 32 MB; `largest`, in bytes, is more.
+    keeps no block of more than 32 MB; `largest`, in bytes, is more. Of what is free at the heap's end it keeps `most`.
     """
     import ctypes
 
@@ -38,7 +38,7 @@ def keep_freed_memory(largest: int = 2**30) -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
         set_option(threshold_of_mmap, largest)
-        set_option(threshold_of_trim, largest)
+        set_option(threshold_of_trim, most)
 
 
 def keep_compiled() -> None:

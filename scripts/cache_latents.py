@@ -63,10 +63,11 @@ def main() -> None:
     sizes = bucket_sizes(args.side, buckets)
     shards = find_shards(args.data)
     from ldm.bundle import Bundle
-    from ldm.machine import find_device, find_dtype
+    from ldm.machine import find_device, find_dtype, keep_freed_memory
 
     device = find_device(args.device)
     dtype, _ = find_dtype(args.dtype, device)
+    keep_freed_memory()
     bundle = Bundle.load(args.model, str(device), dtype)
     for side in {side for size in sizes for side in size}:
         if side % bundle.autoencoder.factor:

@@ -45,7 +45,7 @@ def main() -> None:
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.evaluation.scores import score_shapes
     from ldm.formats.finding import DEFAULT
-    from ldm.machine import find_device, find_dtype
+    from ldm.machine import find_device, find_dtype, keep_freed_memory
     from ldm.outputs import check_writable
     from ldm.pipeline import TextToImage
     from ldm.request import GenerationRequest, whole
@@ -62,6 +62,7 @@ def main() -> None:
         if path is not None:
             check_writable(path.parent)
     device = find_device("auto")
+    keep_freed_memory()
     engine = TextToImage(Bundle.load(args.model or DEFAULT, str(device), find_dtype("auto", device)[0]))
     prompts = held_out_prompts(count, "one", seed=0)
 

@@ -139,7 +139,7 @@ def open_model(args: argparse.Namespace, names: Sequence[str]) -> "Drawing":
     from ldm.bundle import Bundle
     from ldm.evaluation.drawing import Drawing
     from ldm.formats.finding import DEFAULT
-    from ldm.machine import check_names, find_device, find_dtype
+    from ldm.machine import check_names, find_device, find_dtype, keep_freed_memory
     from ldm.models.text import LabelConfig
     from ldm.pipeline import TextToImage
     from ldm.request import GenerationRequest, resolve
@@ -156,6 +156,7 @@ def open_model(args: argparse.Namespace, names: Sequence[str]) -> "Drawing":
     count_of(args.num_images, "num_images")
     device = find_device(args.device)
     dtype, _ = find_dtype(args.dtype, device)
+    keep_freed_memory()
     bundle = Bundle.load(args.model or DEFAULT, str(device), dtype)
     request = resolve(asked, bundle.config)
     labels = isinstance(bundle.config.text, LabelConfig)

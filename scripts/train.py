@@ -84,6 +84,7 @@ def conducted(args: "argparse.Namespace", recipe: "Recipe") -> int:
     """Train until it is done or a signal comes, and leave in status.json how it ended."""
     import torch
 
+    from ldm.machine import keep_freed_memory
     from ldm.training import signals
     from ldm.training.farewell import together
     from ldm.training.loop import Conduct
@@ -91,6 +92,7 @@ def conducted(args: "argparse.Namespace", recipe: "Recipe") -> int:
     from ldm.training.workers import workers
 
     me = workers()
+    keep_freed_memory()
     with signals.caught(args.minutes) as stop:
         with together(me):
             this = opened(args, recipe, Conduct(stop, args.allow_world_size_change))

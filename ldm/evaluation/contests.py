@@ -251,7 +251,7 @@ def networks(bench: Bench) -> Iterator[Comparison]:
     yield bench.compare(f"states before the texts once, batch {bench.batch}", shared, Operations())
 
     def decoded(largest: int) -> object:
-        keep_freed_memory(largest)
+        keep_freed_memory(largest, largest)
         return bench.ours.autoencoder.decode(x.float())
 
     kept: dict[str, Work] = {OURS: partial(decoded, 2**30), PLAIN: partial(decoded, 2**25)}
