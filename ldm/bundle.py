@@ -151,11 +151,10 @@ def verify(folder: Path) -> str:
     """Check every file against the manifest; returns one digest of the whole bundle."""
     manifest = read_manifest(folder)
     for file in (folder / CONFIG, *(path for part in PARTS for path in weight_files(folder, part))):
-        beside = "" if file.parent == folder else f"../{file.parent.name}/"
         if not file.is_file():
-            also = f", and {file.parent.name} beside it" if beside else ""
+            also = "" if file.parent == folder else f", and {file.parent.name} beside it"
             raise ModelError(f"{file}: no such file; copy the whole model folder again{also}")
-        if manifest.sha256.get(beside + file.name) != sha256(file):
+        if manifest.sha256.get(file.relative_to(folder).as_posix()) != sha256(file):
             raise ModelError(f"{file}: sha256 differs from {MANIFEST}: torn or changed; copy the model folder again")
     return hashlib.sha256(json.dumps(sorted(manifest.sha256.items())).encode()).hexdigest()
 

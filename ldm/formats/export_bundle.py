@@ -67,8 +67,8 @@ def write_manifest(folder: Path, shared: Mapping[str, str] | None = None) -> Non
     """Write the sha256 of all files of one of our folders into it, and which networks (`shared`) lie beside it."""
     shared = shared or {}
     values: dict[str, object] = {"format": 1, **({"shared": dict(shared)} if shared else {})}
-    files = {BUNDLE_CONFIG: folder / BUNDLE_CONFIG}
+    files = [folder / BUNDLE_CONFIG]
     for part in BUNDLE_PARTS:
-        beside = f"../{shared[part]}/" if part in shared else ""
-        files |= {f"{beside}{path.name}": path for path in own_files(folder / beside, part)}
-    write_json(folder / MANIFEST, values | {"sha256": {name: sha256(path) for name, path in files.items()}})
+        files += own_files(folder / ".." / shared[part] if part in shared else folder, part)
+    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    write_json(folder / MANIFEST, values | {"sha256": digests})
