@@ -31,14 +31,17 @@ def keep_freed_memory(largest: int = 2**30, most: int = 2**30) -> None:
 
     Large tensors come and go with every layer, and the system clears every page that it gives out. Of itself glibc
     keeps no block of more than 32 MB; `largest`, in bytes, is more. Of what is free at the heap's end it keeps `most`.
+    And all threads share one heap, so that what one has freed is there for the others.
     """
     import ctypes
 
-    threshold_of_trim, threshold_of_mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h
+    threshold_of_trim, threshold_of_mmap, most_heaps = -1, -3, -8
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
         set_option(threshold_of_mmap, largest)
         set_option(threshold_of_trim, most)
+        set_option(most_heaps, 1)
 
 
 def keep_compiled() -> None:

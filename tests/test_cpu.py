@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.autoencoder import AutoencoderConfig, Decoder
 from ldm.models.unet import UNet, UNetConfig
 from ldm.nn import cpu
 from ldm.nn.attention import attention
@@ -92,8 +93,12 @@ def test_products_are_for_few_keys_in_training_in_bf16(monkeypatch: pytest.Monke
     assert used == [(torch.bfloat16, 77), (torch.bfloat16, 256)]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 9])
 @pytest.mark.parametrize("size", [(1, 4, 6), (3, 5, 3)])
-def test_convolution_of_an_enlarged_picture_needs_no_enlarged_picture(size: tuple[int, int, int]) -> None:
+def test_convolution_of_an_enlarged_picture_needs_no_enlarged_picture(
+    size: tuple[int, int, int], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "BAND", rows * 9 * size[2])
     torch.manual_seed(0)
     conv, x = Conv2d(7, 9, 3, padding=1), torch.randn(size[0], 7, *size[1:])
     with torch.no_grad():
@@ -117,6 +122,35 @@ def test_bands_of_a_residual_block_are_the_block(channels: tuple[int, int], monk
         monkeypatch.setattr(cpu, "BAND", rows * 8 * 5)
         with torch.no_grad():
             assert difference(block(x), known) < 1e-5
+
+
+@pytest.mark.parametrize("multipliers", [(1, 2, 2), (2, 1, 1), (1,)])
+def test_a_decoders_large_states_lie_at_two_ends_of_one_memory(
+    multipliers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(AutoencoderConfig(channels=8, multipliers=multipliers, res_blocks=1, groups=4))
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 4, 6, 5)
+    known = decoder(x).detach()
+    lain: list[int] = []
+
+    def next_of(ends: cpu.TwoEnds, shape: tuple[int, ...]) -> Tensor:
+        room = given(ends, shape)
+        lain.append(room.untyped_storage().data_ptr())
+        return room.fill_(torch.nan)
+
+    given = cpu.TwoEnds.next
+    monkeypatch.setattr(cpu.TwoEnds, "next", next_of)
+    layers = 3 * len(multipliers) - 1
+    for large, most, least in ((2**24, 0, 0), (1000, layers - 2, 0), (1, layers, layers)):
+        monkeypatch.setattr(cpu, "LARGE", large)
+        monkeypatch.setattr(cpu, "BAND", 100)
+        lain.clear()
+        with torch.no_grad():
+            assert difference(decoder(x), known) < 1e-5
+        assert least <= len(lain) <= most and len(set(lain)) == min(len(lain), 1)
 
 
 def test_gates_with_additions_are_asked_themselves() -> None:

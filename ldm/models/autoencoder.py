@@ -4,9 +4,10 @@ Latents leave this file normalised (mean 0, standard deviation 1 per channel, or
 and come back so; no other file sees a scale factor.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from itertools import accumulate
+from math import prod
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
+from ldm.nn import cpu
 from ldm.nn.layers import Downsample, PixelAttention, ResBlock, Upsample, silu
 
 NORM_EPS = 1e-6
@@ -124,11 +126,9 @@ class _Block(nn.Module):
         if resample is not None and module is not None:
             self.add_module(resample, nn.ModuleList([module]))
 
-    def layers(self) -> Iterator[nn.Module]:
+    def layers(self) -> list[Any]:
         """All layers in order. Who calls them one by one holds only what the next one reads: states are large here."""
-        yield from self.resnets
-        if self.resample is not None:
-            yield self.get_submodule(f"{self.resample}.0")
+        return [*self.resnets, *([] if self.resample is None else [self.get_submodule(f"{self.resample}.0")])]
 
 
 class _Middle(nn.Module):
@@ -199,11 +199,15 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c h2 w2"]:
         x = self.mid_block(self.conv_in(latent))
-        for block in self.up_blocks:
-            assert isinstance(block, _Block)
-            for layer in block.layers():
-                x = layer(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        layers = [layer for block in self.up_blocks for layer in cast(_Block, block).layers()]
+        shapes = list(accumulate(layers, lambda shape, layer: layer.shape_of(shape), initial=tuple(x.shape)))[1:]
+        ends = cpu.TwoEnds([prod(shape) for shape in shapes if cpu.large(shape, x)], x.dtype)
+        for layer, shape in zip(layers, shapes, strict=True):
+            x = layer(x, out=ends.next(shape) if cpu.large(shape, x) else None)
+        if not cpu.large(x.shape, x):
+            return self.conv_out(silu(self.conv_norm_out(x)))
+        image = x.new_empty(x.shape[0], self.conv_out.out_channels, *x.shape[2:])
+        return cpu.convolved(self.conv_norm_out, self.conv_out, x, image)
 
 
 class KLAutoencoder(nn.Module):

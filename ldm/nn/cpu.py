@@ -1,8 +1,10 @@
 """What layers compute when they draw on a CPU: the numbers of training, up to rounding, from less work and memory."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
+from math import prod
 from threading import Barrier
 
 import torch
@@ -22,13 +24,36 @@ FEW_KEYS = 256
 LANES = 16
 # From so many numbers of an image on its state is convolved in bands, and from so many pixels on weights are folded.
 # Not of a batch: an image does not depend on those beside it.
-LARGE = 2**24
+LARGE = 2**23
 MANY_PIXELS = 256
+
+
+class TwoEnds:
+    """Memory for large states each of which is computed from the one before: by turns they lie at its two ends.
+
+    So no more is needed than for the largest pair, and there are no holes between them.
+    """
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype) -> None:
+        self._memory = torch.empty(max((a + b for a, b in pairwise((0, *sizes))), default=0), dtype=dtype)
+        self._low = False
+
+    def next(self, shape: Sequence[int]) -> Float[Tensor, "b c h w"]:
+        """Room for the next state, laid out channels_last; the state before the last one is gone."""
+        batch, channels, height, width = shape
+        size, self._low = prod(shape), not self._low
+        start = 0 if self._low else len(self._memory) - size
+        return self._memory[start : start + size].view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def draws_on_cpu(x: Tensor) -> bool:
     """Whether only the result counts: the device is a CPU, and nobody asks for gradients."""
     return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def large(shape: Sequence[int], x: Tensor) -> bool:
+    """Whether states of that shape are computed in bands from `x`: on a CPU, with the result alone that counts."""
+    return prod(shape[1:]) >= LARGE and draws_on_cpu(x) and not torch.compiler.is_compiling()
 
 
 def learns_on_cpu(x: Tensor) -> bool:
@@ -122,18 +147,20 @@ def convolved(
     weight, bias, height = norm.weight.float(), norm.bias.float(), x.shape[2]
     for image, result in zip(x.split(1), out.split(1), strict=True):
         mean, variance = statistics(norm, image)
-        late = result[:, :, :0]
+        # Before everything that comes and goes, so that it does not lie in its way.
+        late = torch.empty_like(result[:, :, :1])
         for top, bottom in bands(image):
             first, last = max(top - 1, 0), min(bottom + 1, height)
             band = F.batch_norm(image[:, :, first:last], mean, variance, weight, bias, eps=norm.eps)
             # `image` may be `result`: a band's last row is written when the next band has read what was there.
-            result[:, :, top - late.shape[2] : top] = late
+            if top:
+                result[:, :, top - 1 : top] = late
             band = F.silu(band, inplace=True)
             if first == top or last == bottom:
                 band = F.pad(band, (0, 0, int(first == top), int(last == bottom)))
             made = F.conv2d(band, conv.weight, conv.bias, padding=(0, 1))
             result[:, :, top : bottom - 1] = made[:, :, :-1]
-            late = made[:, :, -1:].clone()
+            late.copy_(made[:, :, -1:])
             del band, made  # before there is the next
         result[:, :, height - 1 :] = late
     return out

@@ -89,11 +89,16 @@ class ResBlock(nn.Module):
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(
-        self, x: Float[Tensor, "k c h w"], time: Float[Tensor, "b t"] | None = None
+        self,
+        x: Float[Tensor, "k c h w"],
+        time: Float[Tensor, "b t"] | None = None,
+        *,
+        out: Float[Tensor, "k out h w"] | None = None,
     ) -> Float[Tensor, "k out h w"]:
+        """The block; `out` is room for its result, for those that use it."""
         large = x[0].numel() >= cpu.LARGE and cpu.draws_on_cpu(x)
         if time is None and (large or self.sparing) and not torch.is_grad_enabled():
-            return self._in_bands(x)
+            return self._in_bands(x, out)
         hidden = self.conv1(silu(self.norm1(x)))
         if self.time_emb_proj is not None:
             assert time is not None
@@ -101,10 +106,17 @@ class ResBlock(nn.Module):
         hidden = self.conv2(self.dropout(silu(self.norm2(hidden))))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
-    def _in_bands(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h w"]:
+    def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the result for an `x` of this shape."""
+        return (shape[0], self.conv1.out_channels, *shape[2:])
+
+    def _in_bands(
+        self, x: Float[Tensor, "b c h w"], out: Float[Tensor, "b out h w"] | None
+    ) -> Float[Tensor, "b out h w"]:
         """The same with no more in memory than `x`, the result and a few rows."""
-        shape = (x.shape[0], self.conv1.out_channels, *x.shape[2:])
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        if out is None:
+            shape = self.shape_of(x.shape)
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for conv in (self.conv1, self.conv2):
             conv.unpack()
         cpu.convolved(self.norm1, self.conv1, x, out)
@@ -137,11 +149,19 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], *, out: Float[Tensor, "b c h2 w2"] | None = None
+    ) -> Float[Tensor, "b c h2 w2"]:
+        """The enlarged state; `out` is room for it, for those that use it."""
         many = x.shape[2] * x.shape[3] >= cpu.MANY_PIXELS and cpu.draws_on_cpu(x)
         if (many or self.sparing) and not torch.is_grad_enabled():
-            return self.conv.doubled(x)
+            return self.conv.doubled(x, out)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the result for an `x` of this shape."""
+        batch, channels, height, width = shape
+        return batch, channels, 2 * height, 2 * width
 
 
 class GEGLU(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm.nn.cpu import draws_on_cpu, folded
+from ldm.nn.cpu import bands, draws_on_cpu, folded
 
 # Where it pays: so many weights, for no more pixels than that.
 MANY_WEIGHTS = 2**20
@@ -37,26 +37,34 @@ class Conv2d(nn.Conv2d):
         packed = self._pack(x) if self._packed is None else self._packed
         return convolve(x, packed, self.bias, self._padding, self.stride)
 
-    def doubled(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h2 w2"]:
+    def doubled(
+        self, x: Float[Tensor, "b c h w"], out: Float[Tensor, "b o h2 w2"] | None = None
+    ) -> Float[Tensor, "b o h2 w2"]:
         """The convolution, 3×3, of `x` enlarged twice by nearest neighbour, from four 2×2 convolutions of `x` itself.
 
         The 3×3 window sees only 2×2 different pixels of `x`; weights that meet the same one are added beforehand. That
-        leaves 4/9 of the products, and the enlarged `x` is never in memory.
+        leaves 4/9 of the products, and the enlarged `x` is never in memory. The result is written into `out`, if given.
         """
         batch, _, height, width = x.shape
         shape = (batch, self.out_channels, 2 * height, 2 * width)
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        for down, right in product((0, 1), repeat=2):
-            part = slice(down, down + height), slice(right, right + width)
-            # No name for what is computed: it would be in memory beside the next part.
-            out[:, :, down::2, right::2] = self._part(x, down, right)[:, :, *part]
+        if out is None:
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        fits, parts = self._fits(x), list(product((0, 1), repeat=2))
+        weights = self._folds(x) if fits else [folded(self.weight, *part) for part in parts]
+        for top, bottom in bands(out[:, :, ::2, ::2]):
+            for (down, right), weight in zip(parts, weights, strict=True):
+                first, last = top + down - 1, bottom + down
+                rows = x[:, :, max(first, 0) : min(last, height)]
+                if first < 0 or last > height:
+                    rows = F.pad(rows, (0, 0, int(first < 0), int(last > height)))
+                made = (
+                    convolve(rows, weight, self.bias, (0, 1), (1, 1))
+                    if fits
+                    else F.conv2d(rows, weight, self.bias, padding=(0, 1))
+                )
+                out[:, :, 2 * top + down : 2 * bottom : 2, right::2] = made[..., right : right + width]
+                del made  # before there is the next
         return out
-
-    def _part(self, x: Tensor, down: int, right: int) -> Tensor:
-        """The 2×2 convolution for one of the four pixels that one pixel becomes, with a margin."""
-        if self._fits(x):
-            return convolve(x, self._folds(x)[2 * down + right], self.bias, (1, 1), (1, 1))
-        return F.conv2d(x, folded(self.weight, down, right), self.bias, padding=1)
 
     def unpack(self) -> None:
         """Have the weights as PyTorch has them again."""
@@ -93,7 +101,7 @@ class Conv2d(nn.Conv2d):
         if self._folded is None:
             self.unpack()
             parts = product((0, 1), repeat=2)
-            self._folded = [pack(folded(self.weight, *part), x, (1, 1), (1, 1)) for part in parts]
+            self._folded = [pack(folded(self.weight, *part), x, (0, 1), (1, 1)) for part in parts]
         return self._folded
 
     def __getstate__(self) -> dict[str, Any]:
