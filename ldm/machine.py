@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from ldm.cli import nearest
 from ldm.errors import MachineError, SettingError
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps")
@@ -42,6 +45,33 @@ def keep_freed_memory(largest: int = 2**30, most: int = 2**30) -> None:
         set_option(threshold_of_mmap, largest)
         set_option(threshold_of_trim, most)
         set_option(most_heaps, 1)
+
+
+@cache
+def single_threads(count: int) -> "ThreadPoolExecutor":
+    """So many threads of Python, each of which computes with no other one of PyTorch's."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    import torch
+
+    def start() -> None:
+        ready.wait()  # all are there before one begins: none does another's start
+        torch.get_num_threads()  # a thread's first question takes over the number of all; then it gets its own
+        torch.set_num_threads(1)
+        ready.wait()
+
+    before, ready = torch.get_num_threads(), Barrier(count + 1)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="single")
+    started = [pool.submit(start) for _ in range(count)]
+    ready.wait()
+    ready.wait()
+    for one in started:
+        one.result()
+    torch.set_num_threads(before)  # it was also the number that threads to come start with
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=single_threads.cache_clear)  # where these threads are not
+    return pool
 
 
 def keep_compiled() -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.machine import single_threads
 from ldm.models.autoencoder import AutoencoderConfig, Decoder
 from ldm.models.unet import UNet, UNetConfig
 from ldm.nn import cpu
@@ -41,7 +42,7 @@ def test_blocks_leave_the_number_of_threads_as_it_is(monkeypatch: pytest.MonkeyP
         assert cpu.attention_in_blocks(query, query, query).is_inference()
     with torch.no_grad():
         assert not cpu.attention_in_blocks(query, query, query).is_inference()
-    pool = cpu.single_threads(before)
+    pool = single_threads(before)
     assert torch.get_num_threads() == before
     assert set(pool.map(lambda _: torch.get_num_threads(), range(20))) == {1}
     with ThreadPoolExecutor(1) as another:

@@ -21,11 +21,11 @@ from ldm.errors import ModelError, SettingError
 from ldm.formats import diffusers_config, diffusers_folder, keys, probe, tensors
 from ldm.formats.describe import describe
 from ldm.formats.evidence import FAMILIES
-from ldm.formats.fill import whole
+from ldm.formats.fill import copy, whole
 from ldm.formats.finding import find
 from ldm.formats.read import open_model
 from ldm.formats.single_file import CONFIG_KEY
-from ldm.formats.tensors import read_header
+from ldm.formats.tensors import MemoryTensor, read_header
 from ldm.models.model_config import ModelConfig
 from ldm.models.unet import UNetConfig
 from ldm.request import GenerationRequest, resolve
@@ -547,3 +547,12 @@ def test_a_tokenizer_with_other_words_is_refused_by_name(tmp_path: Path, tiny: B
         diffusers_folder.padding(tmp_path)
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "!"}}))
     assert diffusers_folder.padding(tmp_path) == "zero"
+
+
+def test_every_number_of_fp16_becomes_the_nearest_one_of_bf16() -> None:
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    stored = patterns[patterns.isfinite()].reshape(-1, 64, 2, 2)
+    made = torch.empty(stored.shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    copy(MemoryTensor(stored), made, "a file")
+    assert torch.equal(made, stored.to(torch.bfloat16))
+    assert torch.equal(made.signbit(), stored.signbit())

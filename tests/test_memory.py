@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,7 +70,11 @@ def test_loading_adds_at_most_what_the_model_needs(saved: dict[str, Path], layou
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_networks_are_filled_with_one_part_of_a_tensor_beside_them(saved: dict[str, Path], dtype: torch.dtype) -> None:
+def test_a_thread_fills_with_one_part_of_a_tensor_beside_the_network(
+    saved: dict[str, Path], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One thread, which is this one: those of others are not counted.
+    monkeypatch.setattr("ldm.formats.fill.single_threads", lambda _: SimpleNamespace(map=map))
     opened = open_model(saved["single file"])
     with torch.device("meta"):
         _, _, unet = build(opened.config)

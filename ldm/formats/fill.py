@@ -1,6 +1,6 @@
 """Networks get their weights from files: built without memory, then filled a few rows of a tensor at a time.
 
-Beside the network itself, no more than one such part is in memory.
+Beside the network itself, no more than one such part for each of a few threads is in memory.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from ldm.errors import ModelError
 from ldm.formats.tensors import FLOATS, StoredTensor
+from ldm.machine import single_threads
+
+# Threads that fill a network. More of them wait for one another, and each has a part in memory.
+READERS = 4
 
 
 def fill(
@@ -24,13 +28,19 @@ def fill(
 
     Names and shapes of `stored` are the network's. Raises ModelError for numbers that are not finite or not floats.
     """
-    tensors = {}
-    for name, like in network.state_dict().items():
+
+    def read(name: str, like: Tensor) -> Tensor:
         # Convolutions lie as CPUs and tensor cores read them fastest.
         layout = torch.channels_last if like.dim() == 4 else torch.contiguous_format
-        tensors[name] = torch.empty(like.shape, dtype=dtype, device=device, memory_format=layout)
-        copy(stored[name], tensors[name], f"{where}: {name}")
-    network.load_state_dict(tensors, assign=True)
+        tensor = torch.empty(like.shape, dtype=dtype, device=device, memory_format=layout)
+        copy(stored[name], tensor, f"{where}: {name}")
+        return tensor
+
+    empty = network.state_dict()
+    # Reading, which one thread does, takes as long as converting, which all could share: so each does both.
+    threads = single_threads(min(READERS, torch.get_num_threads()))
+    tensors = threads.map(read, empty, empty.values())
+    network.load_state_dict(dict(zip(empty, tensors, strict=True)), assign=True)
     assert not any(buffer.is_meta for buffer in network.buffers()), "a constant that no file has"
 
 
@@ -42,6 +52,8 @@ def copy(stored: StoredTensor, destination: Tensor, where: str) -> None:
     for chunk in stored.chunks():
         damaged += not_finite(chunk)
         part = destination[row : row + len(chunk)] if destination.dim() else destination
+        if (chunk.dtype, part.dtype) == (torch.float16, torch.bfloat16):
+            chunk = chunk.float().bfloat16()  # there are vector instructions for each step, and none for both at once
         part.copy_(chunk)
         row += part.shape[0] if part.dim() else 0
     if damaged:

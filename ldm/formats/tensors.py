@@ -82,7 +82,7 @@ class FileTensor:
             return
         row = self.size // self.shape[0] if self.shape else self.size
         rows = max(1, CHUNK // row)
-        buffer = memoryview(bytearray(min(rows * row, self.size)))
+        buffer = torch.empty(min(rows * row, self.size), dtype=torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.begin)
             for first in range(0, self.size, len(buffer)):

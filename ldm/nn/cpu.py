@@ -1,17 +1,16 @@
 """What layers compute when they draw on a CPU: the numbers of training, up to rounding, from less work and memory."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import pairwise, product
 from math import prod
-from threading import Barrier
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ldm.machine import single_threads
 
 # Scores of attention in a block, and numbers in a band of rows: so many that they stay in the caches.
 SCORES = 2**21
@@ -100,27 +99,6 @@ def attention_in_blocks(
     threads = torch.get_num_threads()
     list(single_threads(threads).map(block, blocks) if len(blocks) >= 2 * threads else map(block, blocks))
     return out
-
-
-@cache
-def single_threads(count: int) -> ThreadPoolExecutor:
-    """So many threads of Python, each of which computes with no other one of PyTorch's."""
-
-    def start() -> None:
-        ready.wait()  # all are there before one begins: none does another's start
-        torch.get_num_threads()  # a thread's first question takes over the number of all; then it gets its own
-        torch.set_num_threads(1)
-        ready.wait()
-
-    ready = Barrier(count + 1)
-    pool = ThreadPoolExecutor(count, thread_name_prefix="attention")
-    started = [pool.submit(start) for _ in range(count)]
-    ready.wait()
-    ready.wait()
-    for one in started:
-        one.result()
-    torch.set_num_threads(count)  # it was also the number that threads to come start with
-    return pool
 
 
 def gated(x: Float[Tensor, "... i"], proj: nn.Linear) -> Float[Tensor, "... o"]:
