@@ -1,4 +1,4 @@
-"""The device to compute on and the number format to compute in, from the words of a user."""
+"""The device to compute on and the number format to compute in, from the words of a user; threads and freed memory."""
 
 import os
 import re
@@ -63,11 +63,15 @@ def single_threads(count: int) -> "ThreadPoolExecutor":
 
     before, ready = torch.get_num_threads(), Barrier(count + 1)
     pool = ThreadPoolExecutor(count, thread_name_prefix="single")
-    started = [pool.submit(start) for _ in range(count)]
-    ready.wait()
-    ready.wait()
-    for one in started:
-        one.result()
+    try:
+        started = [pool.submit(start) for _ in range(count)]
+        ready.wait()
+        ready.wait()
+        for one in started:
+            one.result()
+    except BaseException:
+        ready.abort()  # or those that wait would keep the process from its end
+        raise
     torch.set_num_threads(before)  # it was also the number that threads to come start with
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=single_threads.cache_clear)  # where these threads are not

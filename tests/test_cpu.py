@@ -1,10 +1,15 @@
 """What is computed otherwise for pictures on a CPU is the same up to rounding, and is not computed for training."""
 
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import environment
 from torch import Tensor, nn
 
 from ldm.machine import single_threads
@@ -42,11 +47,22 @@ def test_blocks_leave_the_number_of_threads_as_it_is(monkeypatch: pytest.MonkeyP
         assert cpu.attention_in_blocks(query, query, query).is_inference()
     with torch.no_grad():
         assert not cpu.attention_in_blocks(query, query, query).is_inference()
+    assert single_threads(before + 1).submit(torch.get_num_threads).result() == 1
     pool = single_threads(before)
     assert torch.get_num_threads() == before
     assert set(pool.map(lambda _: torch.get_num_threads(), range(20))) == {1}
     with ThreadPoolExecutor(1) as another:
         assert another.submit(torch.get_num_threads).result() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+def test_a_forked_process_gets_threads_of_its_own() -> None:
+    assert single_threads(2).submit(int).result() == 0
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # which ends it
+        os._exit(single_threads(2).submit(int).result())
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_blocks_are_for_pictures_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +141,10 @@ def test_bands_of_a_residual_block_are_the_block(channels: tuple[int, int], monk
             assert difference(block(x), known) < 1e-5
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("multipliers", [(1, 2, 2), (2, 1, 1), (1,)])
 def test_a_decoders_large_states_lie_at_two_ends_of_one_memory(
-    multipliers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    multipliers: tuple[int, ...], packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     decoder = Decoder(AutoencoderConfig(channels=8, multipliers=multipliers, res_blocks=1, groups=4))
@@ -144,14 +161,34 @@ def test_a_decoders_large_states_lie_at_two_ends_of_one_memory(
 
     given = cpu.TwoEnds.next
     monkeypatch.setattr(cpu.TwoEnds, "next", next_of)
+    monkeypatch.setattr(cpu, "MANY_PIXELS", 0)
     layers = 3 * len(multipliers) - 1
     for large, most, least in ((2**24, 0, 0), (1000, layers - 2, 0), (1, layers, layers)):
         monkeypatch.setattr(cpu, "LARGE", large)
         monkeypatch.setattr(cpu, "BAND", 100)
         lain.clear()
+        decoder.requires_grad_(packed is False)
         with torch.no_grad():
             assert difference(decoder(x), known) < 1e-5
         assert least <= len(lain) <= most and len(set(lain)) == min(len(lain), 1)
+
+
+COMPILED = """
+import torch
+from ldm.models.autoencoder import AutoencoderConfig, Decoder
+
+decoder = Decoder(AutoencoderConfig(channels=8, multipliers=(1, 2), res_blocks=1, groups=4))
+x = torch.randn(1, 4, 16, 16)
+with torch.no_grad():
+    made = torch.compile(decoder, backend="eager", fullgraph=True)(x)
+    assert torch.allclose(made, decoder(x), atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_a_decoder_is_compiled_as_one() -> None:
+    # In a process of its own: the tests' checks of shapes are nothing that could be compiled.
+    subprocess.run([sys.executable, "-c", COMPILED], env=environment(), timeout=200, check=True)
 
 
 def test_gates_with_additions_are_asked_themselves() -> None:

@@ -56,7 +56,11 @@ def test_numbers_are_the_same(dtype: torch.dtype, more: dict[str, int], size: tu
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_enlarged_picture_is_convolved_with_packed_sums(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_an_enlarged_picture_is_convolved_with_packed_sums(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.nn.cpu.BAND", rows * 32 * 5)
     conv, x = made(32, 32, 3, dtype=dtype), state(2, 32, 6, 5, dtype=dtype)
     with torch.inference_mode():
         known = plain(conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -134,6 +134,15 @@ def test_micro_batches_change_rounding_only(tmp_path: Path) -> None:
     assert parts == pytest.approx(once, abs=1e-5) and again == pytest.approx(once, abs=1e-6)
 
 
+def test_an_autoencoder_can_forget_its_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short: dict[str, Any] = {"steps": 2, "save_every": 2}
+    once, again = (
+        [report.losses for report in trained("vae", tmp_path / str(forget), gradient_checkpointing=forget, **short)]
+        for forget in (False, True)
+    )
+    assert again == [pytest.approx(losses, abs=1e-5) for losses in once]
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="8 samples cannot be divided equally over 1 processes in parts of 3"):
         next(trained("unet", tmp_path, micro_batch_size=3))

@@ -1,6 +1,6 @@
 """Networks get their weights from files: built without memory, then filled a few rows of a tensor at a time.
 
-Beside the network itself, no more than one such part for each of a few threads is in memory.
+Beside the network itself, each of a few threads has one such part in memory, read and converted: up to 8 MB.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from ldm.errors import ModelError
 from ldm.formats.tensors import FLOATS, StoredTensor
 from ldm.machine import single_threads
 
-# Threads that fill a network. More of them wait for one another, and each has a part in memory.
+# Threads that fill a network, at most. More of them wait for one another, and each has a part in memory.
 READERS = 4
 
 
@@ -37,9 +37,11 @@ def fill(
         return tensor
 
     empty = network.state_dict()
-    # Reading, which one thread does, takes as long as converting, which all could share: so each does both.
-    threads = single_threads(min(READERS, torch.get_num_threads()))
-    tensors = threads.map(read, empty, empty.values())
+    # One thread reads for as long as all of them convert: so each reads tensors of its own, and converts them. GPUs are
+    # filled by one: the current device is a thread's own in CUDA, and Apple's is not made for several.
+    on_cpu = torch.device(device).type == "cpu"
+    each = single_threads(min(READERS, torch.get_num_threads())).map if on_cpu else map
+    tensors = each(read, empty, empty.values())
     network.load_state_dict(dict(zip(empty, tensors, strict=True)), assign=True)
     assert not any(buffer.is_meta for buffer in network.buffers()), "a constant that no file has"
 

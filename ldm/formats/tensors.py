@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # The library allows 100 MB; a whole Stable Diffusion model has a header of 0.3 MB.
 MAX_HEADER = 16 * 2**20
-CHUNK = 4 * 2**20
+CHUNK = 2 * 2**20
 # Bytes a number of every format of safetensors 0.8 takes; those that we read have a name in PyTorch.
 SIZES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1)
 SIZES |= dict.fromkeys(("U16", "I16", "F16", "BF16"), 2) | dict.fromkeys(("U32", "I32", "F32"), 4)
@@ -71,7 +71,7 @@ class FileTensor:
         return math.prod(self.shape) * SIZES[self.dtype]
 
     def chunks(self) -> "Iterator[Tensor]":
-        """Parts of about 4 MB. Raises ModelError for a number format other than fp32, fp16 and bf16."""
+        """Parts of about 2 MB. Raises ModelError for a number format other than fp32, fp16 and bf16."""
         import torch
 
         if self.dtype not in FLOATS:
@@ -82,7 +82,8 @@ class FileTensor:
             return
         row = self.size // self.shape[0] if self.shape else self.size
         rows = max(1, CHUNK // row)
-        buffer = torch.empty(min(rows * row, self.size), dtype=torch.uint8).numpy().data
+        # Not a bytearray, which is cleared first.
+        buffer = torch.empty(min(rows * row, self.size), dtype=torch.uint8, device="cpu").numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.begin)
             for first in range(0, self.size, len(buffer)):

@@ -4,6 +4,7 @@ Latents leave this file normalised (mean 0, standard deviation 1 per channel, or
 and come back so; no other file sees a scale factor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -201,11 +202,19 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(latent))
         layers = [layer for block in self.up_blocks for layer in cast(_Block, block).layers()]
         shapes = list(accumulate(layers, lambda shape, layer: layer.shape_of(shape), initial=tuple(x.shape)))[1:]
-        ends = cpu.TwoEnds([prod(shape) for shape in shapes if cpu.large(shape, x)], x.dtype)
+        if cpu.draws_on_cpu(x) and not torch.compiler.is_compiling() and any(map(cpu.large, shapes)):
+            return self._through_large_states(x, layers, shapes)
+        for layer in layers:
+            x = layer(x)
+        return self.conv_out(silu(self.conv_norm_out(x)))
+
+    def _through_large_states(
+        self, x: Tensor, layers: Sequence[Any], shapes: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "b c h2 w2"]:
+        """The rest of the way on a CPU: large states share one memory, and the last two layers run in bands."""
+        ends = cpu.TwoEnds([prod(shape) for shape in shapes if cpu.large(shape)], x.dtype)
         for layer, shape in zip(layers, shapes, strict=True):
-            x = layer(x, out=ends.next(shape) if cpu.large(shape, x) else None)
-        if not cpu.large(x.shape, x):
-            return self.conv_out(silu(self.conv_norm_out(x)))
+            x = layer(x, out=ends.next(shape) if cpu.large(shape) else None)
         image = x.new_empty(x.shape[0], self.conv_out.out_channels, *x.shape[2:])
         return cpu.convolved(self.conv_norm_out, self.conv_out, x, image)
 

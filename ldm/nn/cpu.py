@@ -34,7 +34,7 @@ class TwoEnds:
     """
 
     def __init__(self, sizes: Sequence[int], dtype: torch.dtype) -> None:
-        self._memory = torch.empty(max((a + b for a, b in pairwise((0, *sizes))), default=0), dtype=dtype)
+        self._memory = torch.empty(max(a + b for a, b in pairwise((0, *sizes))), dtype=dtype, device="cpu")
         self._low = False
 
     def next(self, shape: Sequence[int]) -> Float[Tensor, "b c h w"]:
@@ -50,9 +50,9 @@ def draws_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def large(shape: Sequence[int], x: Tensor) -> bool:
-    """Whether states of that shape are computed in bands from `x`: on a CPU, with the result alone that counts."""
-    return prod(shape[1:]) >= LARGE and draws_on_cpu(x) and not torch.compiler.is_compiling()
+def large(shape: Sequence[int]) -> bool:
+    """Whether states of that shape, image by image, are so large that they are computed in bands."""
+    return prod(shape[1:]) >= LARGE
 
 
 def learns_on_cpu(x: Tensor) -> bool:

@@ -95,9 +95,9 @@ class ResBlock(nn.Module):
         *,
         out: Float[Tensor, "k out h w"] | None = None,
     ) -> Float[Tensor, "k out h w"]:
-        """The block; `out` is room for its result, for those that use it."""
-        large = x[0].numel() >= cpu.LARGE and cpu.draws_on_cpu(x)
-        if time is None and (large or self.sparing) and not torch.is_grad_enabled():
+        """The block. The result may lie in `out`, or elsewhere."""
+        banded = self.sparing or (cpu.draws_on_cpu(x) and cpu.large(x.shape))
+        if time is None and banded and not torch.is_grad_enabled():
             return self._in_bands(x, out)
         hidden = self.conv1(silu(self.norm1(x)))
         if self.time_emb_proj is not None:
@@ -152,7 +152,7 @@ class Upsample(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], *, out: Float[Tensor, "b c h2 w2"] | None = None
     ) -> Float[Tensor, "b c h2 w2"]:
-        """The enlarged state; `out` is room for it, for those that use it."""
+        """The enlarged state, which may lie in `out`, or elsewhere."""
         many = x.shape[2] * x.shape[3] >= cpu.MANY_PIXELS and cpu.draws_on_cpu(x)
         if (many or self.sparing) and not torch.is_grad_enabled():
             return self.conv.doubled(x, out)

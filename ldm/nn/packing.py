@@ -51,19 +51,21 @@ class Conv2d(nn.Conv2d):
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         fits, parts = self._fits(x), list(product((0, 1), repeat=2))
         weights = self._folds(x) if fits else [folded(self.weight, *part) for part in parts]
-        for top, bottom in bands(out[:, :, ::2, ::2]):
-            for (down, right), weight in zip(parts, weights, strict=True):
+        each = list(zip(parts, weights, strict=True))
+        for image, result in zip(x.split(1), out.split(1), strict=True):
+            # Compiled, every band would be code of its own.
+            rows = [(0, height)] if torch.compiler.is_compiling() else bands(result[:, :, ::2, ::2])
+            for (top, bottom), ((down, right), weight) in product(rows, each):
                 first, last = top + down - 1, bottom + down
-                rows = x[:, :, max(first, 0) : min(last, height)]
+                band = image[:, :, max(first, 0) : min(last, height)]
                 if first < 0 or last > height:
-                    rows = F.pad(rows, (0, 0, int(first < 0), int(last > height)))
-                made = (
-                    convolve(rows, weight, self.bias, (0, 1), (1, 1))
-                    if fits
-                    else F.conv2d(rows, weight, self.bias, padding=(0, 1))
-                )
-                out[:, :, 2 * top + down : 2 * bottom : 2, right::2] = made[..., right : right + width]
-                del made  # before there is the next
+                    band = F.pad(band, (0, 0, int(first < 0), int(last > height)))
+                if fits:
+                    made = convolve(band, weight, self.bias, (0, 1), (1, 1))
+                else:
+                    made = F.conv2d(band, weight, self.bias, padding=(0, 1))
+                result[:, :, 2 * top + down : 2 * bottom : 2, right::2] = made[..., right : right + width]
+                del band, made  # before there is the next
         return out
 
     def unpack(self) -> None:

@@ -53,8 +53,8 @@ def recompute_activations(module: nn.Module) -> None:
         block.forward = MethodType(_forgetful, block)  # type: ignore[method-assign]  # a method: copies get their own
 
 
-def _forgetful(block: nn.Module, *arguments: Any) -> Any:
-    return checkpoint(type(block).forward, block, *arguments, use_reentrant=False)
+def _forgetful(block: nn.Module, *arguments: Any, **named: Any) -> Any:
+    return checkpoint(type(block).forward, block, *arguments, use_reentrant=False, **named)
 
 
 def keep_activations(module: nn.Module) -> None:
