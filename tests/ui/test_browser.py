@@ -369,8 +369,15 @@ def test_the_whole_way_works_by_keyboard_alone(user: User) -> None:
     user.sees("seed")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("window", [(1280, 800), (390, 844)])
+@pytest.mark.parametrize(
+    ("window", "theme"),
+    [
+        ((1280, 800), "light"),
+        ((390, 844), "dark"),
+        pytest.param((1280, 800), "dark", marks=pytest.mark.slow),
+        pytest.param((390, 844), "light", marks=pytest.mark.slow),
+    ],
+)
 def test_no_screen_has_a_serious_fault_of_accessibility(
     chromium: Any, server: Server, theme: str, window: tuple[int, int]
 ) -> None:

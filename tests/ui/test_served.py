@@ -75,6 +75,7 @@ def body(chance: random.Random, functions: list[dict[str, Any]], number: int) ->
     return path, text[: chance.choice([len(text)] * 9 + [len(text) // 2])]
 
 
+@pytest.mark.slow
 def test_three_hundred_wrong_requests_leave_a_server_that_draws_and_a_log_without_them(
     server: Server, http: httpx.Client
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_large_upload_is_refused_and_a_slow_one_holds_nobody_up(server: Server
             connection.close()
 
 
+@pytest.mark.slow
 def test_two_hundred_small_uploads_leave_a_server_that_answers(server: Server, http: httpx.Client) -> None:
     slowest = 0.0
     for number in range(200):
@@ -173,7 +175,9 @@ def test_the_client_on_the_about_screen_runs(server: Server, capsys: pytest.Capt
     assert CLIENT in (ROOT / "docs/app.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("flags", [(), ("--listen",), ("--listen", "--auth", "ada:secret")])
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), marks=pytest.mark.slow), ("--listen",), ("--listen", "--auth", "ada:secret")]
+)
 def test_the_app_opens_warns_where_everybody_may_draw_and_leaves_nothing_behind(
     tiny_folder: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
