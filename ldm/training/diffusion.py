@@ -92,20 +92,25 @@ def latent_batches(cache: LatentCache, config: DiffusionTraining, seed: int) -> 
 def encoded_batches(
     pictures: Pictures, config: DiffusionTraining, autoencoder: Autoencoder, condition: Condition, device: torch.device
 ) -> Batches:
-    """The same from pictures that are encoded when they are used, by networks that do not learn, on `device`."""
+    """The same from pictures that are encoded when they are used, by networks that do not learn, on `device`.
+
+    At most `micro_batch_size` at once, as everything.
+    """
 
     @torch.no_grad()
-    def encoded(images: Float[Tensor, "b c h w"], captions: tuple[str, ...], null: Tensor) -> Batch:
+    def encoded(images: Float[Tensor, "b c h w"], captions: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             posterior = autoencoder.encode(images.to(device).contiguous(memory_format=torch.channels_last))
-        return Batch((posterior.mean, posterior.std, condition(captions)), (null,))
+        return posterior.mean, posterior.std, condition(captions)
 
     def batches(start: int) -> Iterator[Batch]:
         with torch.no_grad():
             null = condition([""])
         for chosen in pictures(start):
-            batch = encoded(chosen.images, chosen.captions, null)
-            yield Batch(batch.rows, batch.shared, chosen.keys)
+            size = config.micro_batch_size or len(chosen.images)
+            parts = [slice(first, first + size) for first in range(0, len(chosen.images), size)]
+            rows = zip(*(encoded(chosen.images[part], chosen.captions[part]) for part in parts), strict=True)
+            yield Batch(tuple(torch.cat(each) for each in rows), (null,), chosen.keys)
 
     return batches
 
