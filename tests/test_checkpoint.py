@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,6 +234,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
         checkpoint.newest(tmp_path)
 
 
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_damaged_checkpoints_do_not_take_the_place_of_those_that_follow(
+    damaged: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (5, 10, 11)[: 1 + damaged]:
+        checkpoint.save(tmp_path, some(step), keep=9, best=step == 10)
+    for folder in sorted(tmp_path.glob("step_*"))[1:]:
+        (folder / "state.json").unlink()
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_00000005"
+    checkpoint.save(tmp_path, some(7), keep=damaged)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_00000007"
+    assert len(list(tmp_path.glob("step_*"))) == damaged, "what is kept is whole"
+
+
 def fill_disk(monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
     """The disk is full so many times that something is flushed, and waiting takes no time."""
     flush, left = files.flush, iter(range(tries))
@@ -280,7 +295,16 @@ def test_a_disk_that_refuses_while_a_file_is_written_is_said_at_once(tmp_path: P
 
 def test_too_small_a_disk_is_said_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"checkpoints need 1000000000.0 GB, .* GB are free"):
-        checkpoint.check_space(tmp_path / "not" / "there", 10**18)
+        checkpoint.check_space(tmp_path / "not" / "there", keep=3, size=25 * 10**16)
+
+
+def test_checkpoints_that_lie_there_need_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3, 4):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, left=5 - step: SimpleNamespace(free=10 * left))
+        checkpoint.check_space(tmp_path, keep=3, size=10)
+        with pytest.raises(MachineError, match="checkpoints need"):
+            checkpoint.check_space(tmp_path, keep=3, size=11)
+        (tmp_path / f"step_{step:08d}").mkdir()
 
 
 def test_no_pickle_is_in_a_checkpoint(tmp_path: Path) -> None:

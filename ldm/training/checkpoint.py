@@ -67,7 +67,8 @@ def verify_manifest(folder: Path) -> str | None:
 def save(root: Path, checkpoint: Checkpoint, keep: int = 2, best: bool = False) -> Path:
     """Write `checkpoint` as `root/step_XXXXXXXX`, whole or not at all, then remove all but the newest `keep`.
 
-    The one that was last called `best` stays too. Waits for room on a full disk, some minutes; raises MachineError
+    The one that was last called `best` stays too; those of later steps go: the run has passed them over as damaged.
+    Waits for room on a full disk, some minutes; raises MachineError
     where there is none then, or where the disk refuses for another reason.
     """
     root.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ def save(root: Path, checkpoint: Checkpoint, keep: int = 2, best: bool = False) 
     save_text(root / LATEST, f"{final.name}\n")
     if best:
         save_text(root / BEST, f"{final.name}\n")
-    _prune(root, keep)
+    _prune(root, keep, final.name)
     return final
 
 
@@ -103,12 +104,14 @@ def _write(final: Path, checkpoint: Checkpoint) -> None:
     sync(final.parent)
 
 
-def _prune(root: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep` and the best one."""
+def _prune(root: Path, keep: int, last: str) -> None:
+    """Remove all checkpoints but the newest `keep` up to the `last` one, and the best one of them."""
     best = (root / BEST).read_text().strip() if (root / BEST).is_file() else ""
-    for old in _newest_first(root)[keep:]:
-        if old.name != best:
-            shutil.rmtree(old)
+    folders = _newest_first(root)
+    damaged = [folder for folder in folders if folder.name > last]
+    older = [folder for folder in folders if folder.name <= last][keep:]
+    for old in (*damaged, *(folder for folder in older if folder.name != best)):
+        shutil.rmtree(old)
 
 
 def newest(root: Path) -> Path | None:
@@ -140,8 +143,12 @@ def _newest_first(root: Path) -> list[Path]:
     return sorted(root.glob(f"step_{'[0-9]' * 8}"), reverse=True)
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise MachineError where the disk of `folder`, which may not exist yet, has less than `needed` bytes left."""
+def check_space(folder: Path, keep: int, size: int) -> None:
+    """Raise MachineError where the disk has no room for `keep` checkpoints of `size` bytes and one on its way.
+
+    Those that lie in `folder`, which may not exist yet, have their room already.
+    """
+    needed = (keep + 1 - min(keep, len(_newest_first(folder)))) * size
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:

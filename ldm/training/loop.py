@@ -76,7 +76,7 @@ def train(
     learner = trainee(placed(module, config, me), config)
     start = resume(learner, folder, me, conduct)
     if start < config.steps:
-        checkpoint.check_space(folder, (config.keep + 1) * learner.size())
+        checkpoint.check_space(folder, config.keep, learner.size())
         network, groups = runnable(learner.module, config, me), gradient_groups(learner, clip_apart)
         update, source = Update(learner, network, objective, config, parts, groups, me), batches(start)
     for step in range(start, config.steps):
