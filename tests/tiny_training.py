@@ -45,7 +45,7 @@ from ldm.training.thumbnail import Thumbnail, ThumbnailTraining, thumbnail_losse
 from ldm.training.update import Objective
 from ldm.training.workers import workers
 
-KINDS = ("vae", "gan", "clip", "sigmoid", "thumbnail", "unet", "conditioned", "lora", "consistency")
+KINDS = ("vae", "gan", "clip", "sigmoid", "thumbnail", "unet", "conditioned", "resting", "lora", "consistency")
 PICTURES = 28  # an epoch is three and a half batches of eight: most resumptions are in the middle of one
 MODEL = """
 autoencoder: {kind: kl, channels: 8, multipliers: [1, 2], res_blocks: 1, mid_attention: false, groups: 4}
@@ -107,9 +107,7 @@ def clip_task(kind: str, settings: dict[str, Any]) -> Task:
 
 def thumbnail_task(kind: str, settings: dict[str, Any]) -> Task:
     config = ThumbnailTraining(side=32, layers=1, **settings)  # the side of the pictures
-    text = model().text
-    assert isinstance(text, ClipTextConfig)
-    module = Thumbnail(ClipTextEncoder(text), config)
+    module = Thumbnail(tower(), config)
     return module, thumbnail_losses(), thumbnails(pictures, module.text), config, ()
 
 
@@ -118,10 +116,8 @@ def unet_task(kind: str, settings: dict[str, Any]) -> Task:
     mean, std = torch.randn(PICTURES, 4, 8, 8, generator=drawn), torch.rand(PICTURES, 4, 8, 8, generator=drawn)
     unet, conditions = channels_last(UNet(model().unet)), torch.randn(4, 8, 16, generator=drawn)
     network: nn.Module = unet
-    if kind == "conditioned":
-        text = model().text
-        assert isinstance(text, ClipTextConfig)
-        network = Conditioned(ClipTextEncoder(text), unet)
+    if kind in ("conditioned", "resting"):
+        network = Conditioned(tower().requires_grad_(kind == "conditioned"), unet)
         conditions = token_ids(network.text)(["a", "b c", "d", ""])
     cache = LatentCache(mean, std, conditions, torch.arange(PICTURES) % 3)
     stage: dict[str, Any] = {"side": 16, "pictures": PICTURES, **settings}
@@ -154,8 +150,15 @@ TASKS: dict[str, Callable[[str, dict[str, Any]], Task]] = {
     **dict.fromkeys(("vae", "gan"), autoencoder_task),
     **dict.fromkeys(("clip", "sigmoid"), clip_task),
     "thumbnail": thumbnail_task,
-    **dict.fromkeys(("unet", "conditioned", "lora", "consistency"), unet_task),
+    **dict.fromkeys(("unet", "conditioned", "resting", "lora", "consistency"), unet_task),
 }
+
+
+def tower() -> ClipTextEncoder:
+    """A text tower whose last block is not read, so that it must not learn: as in Stable Diffusion 2."""
+    text = model().text
+    assert isinstance(text, ClipTextConfig)
+    return ClipTextEncoder(text.model_copy(update={"layers": 2, "hidden": "penultimate"}))
 
 
 def model() -> ModelConfig:

@@ -25,7 +25,7 @@ class Conditioned(nn.Module):
 
     def __init__(self, text: ClipTextEncoder, unet: UNet) -> None:
         super().__init__()
-        self.text = text
+        self.text = without_idle_block(text)
         self.unet = unet
 
     def forward(
@@ -33,6 +33,16 @@ class Conditioned(nn.Module):
     ) -> Float[Tensor, "b c h w"]:
         states, _ = self.text(ids[..., 0].long())
         return self.unet(x, t, states)
+
+
+def without_idle_block(text: ClipTextEncoder) -> ClipTextEncoder:
+    """The tower, whose last block does not learn where the states in front of it are read: no gradient comes there.
+
+    DDP waits for the gradients of all that learns.
+    """
+    if text.config.hidden == "penultimate":
+        text.tower.transformer.resblocks[-1].requires_grad_(False)
+    return text
 
 
 def text_states(text: TextEncoder, dtype: torch.dtype) -> Condition:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.models.text import ClipTextEncoder
 from ldm.training.batch import Batch, Draws
-from ldm.training.conditioned import remembered_ids
+from ldm.training.conditioned import remembered_ids, without_idle_block
 from ldm.training.loop import Batches
 from ldm.training.optimization import OptimizationConfig
 from ldm.training.source import Pictures
@@ -56,7 +56,7 @@ class Thumbnail(nn.Module):
     def __init__(self, text: ClipTextEncoder, config: ThumbnailTraining) -> None:
         super().__init__()
         self.side, width = config.side, text.config.width
-        self.text = text
+        self.text = without_idle_block(text)
         self.pixels = nn.Parameter(0.1 * torch.randn(config.side**2, width))
         self.layers = nn.ModuleList(DecoderLayer(width) for _ in range(config.layers))
         self.out = nn.Linear(width, 3)
