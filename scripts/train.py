@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import argparse
 
     from ldm.bundle import Bundle
-    from ldm.request import GenerationRequest
     from ldm.training.diffusion import DiffusionTraining
     from ldm.training.latents import LatentCache
     from ldm.training.loop import Conduct, Report
@@ -30,7 +29,7 @@ EXAMPLES = """examples:
   python scripts/train.py all --config configs/shapes.yaml --run-dir runs/shapes
   python scripts/train.py unet --config configs/shapes.yaml --run-dir runs/shapes unet_training.0.batch_size=16
   python scripts/train.py lora --config my-lora.yaml --base model.safetensors --run-dir runs/my-lora
-  accelerate launch --num_processes 8 scripts/train.py unet --config configs/sd15.yaml --run-dir runs/sd15
+  accelerate launch --num_processes 8 scripts/train.py all --config configs/sd15.yaml --run-dir runs/sd15
 A stage that is interrupted goes on from its last checkpoint when the same command is given again."""
 ADAPTATIONS = ("lora", "inversion", "consistency")
 STAGES = ("all", "vae", "clip", "thumbnail", "evaluator", "unet", "bundle", *ADAPTATIONS)
@@ -112,8 +111,11 @@ def conducted(args: "argparse.Namespace", recipe: "Recipe") -> int:
                 "memory: the GPU's is too small for a step; lower micro_batch_size, then set "
                 "gradient_checkpointing=true, precision=bf16, and with several GPUs strategy=fsdp"
             ) from None
-        except (LdmError, OSError, MemoryError) as error:
-            record.status("failed", error=str(error))
+        except SystemExit:  # another process says why
+            raise
+        except BaseException as error:
+            told = str(error) if isinstance(error, LdmError) else f"{type(error).__name__}: {error}"
+            record.status("failed", error=told)
             raise
         finally:
             record.close()
@@ -150,6 +152,7 @@ def opened(args: "argparse.Namespace", recipe: "Recipe", conduct: "Conduct") -> 
     """The run, once its recipe, base and data are known to be right; raises what would stop it later."""
     from ldm.bundle import Bundle
     from ldm.training.continuity import begin
+    from ldm.training.preflight import check
     from ldm.training.run import Run
     from ldm.training.source import require
 
@@ -159,62 +162,6 @@ def opened(args: "argparse.Namespace", recipe: "Recipe", conduct: "Conduct") -> 
     check(this, args.stage)
     begin(this)
     return this
-
-
-def check(this: "Run", stage: str) -> None:
-    """Say now what would stop the run later: data that do not fit, samples that cannot be drawn, odd batches."""
-    from ldm.models.text import LabelConfig, LabelEncoder
-    from ldm.request import GenerationRequest, resolve
-    from ldm.training.consistency import stride
-    from ldm.training.optimization import micro_batches
-    from ldm.training.workers import workers
-
-    recipe, model = this.recipe, this.model
-    check_data(recipe, model.factor, latents=stage in ("unet", *ADAPTATIONS))
-    resolve(GenerationRequest(prompt="any"), model)
-    adaptations = (recipe.lora_training, recipe.inversion_training, recipe.consistency_training)
-    towers = (recipe.clip_training, recipe.thumbnail_training, recipe.evaluator_training)
-    for config in (recipe.autoencoder_training, *towers, *adaptations, *recipe.unet_training):
-        if config is not None:
-            micro_batches(config, workers().world)
-    if recipe.consistency_training is not None:
-        stride(model.noise_schedule.timesteps)
-    for diffusion in recipe.unet_training:
-        for prompt in recipe.sample_prompts:
-            resolve(sample_request(prompt, diffusion.side), model)
-    if isinstance(model.text, LabelConfig):
-        LabelEncoder(model.text).encode(recipe.sample_prompts)
-
-
-def check_data(recipe: "Recipe", factor: int, latents: bool) -> None:
-    """Say now what would stop a stage when it reads its pictures, or, where they are due, its latents."""
-    from ldm.data.shards import find_shards
-    from ldm.training.source import check
-
-    square = recipe.data.model_copy(update={"buckets": None})
-    if recipe.autoencoder_training is not None:
-        check(square, recipe.autoencoder_training.batch_size, max(recipe.autoencoder_training.sides))
-    if recipe.clip_training is not None and recipe.clip is not None:
-        check(square, recipe.clip_training.batch_size, recipe.clip.image_size)
-    if recipe.thumbnail_training is not None:
-        check(square, recipe.thumbnail_training.batch_size, recipe.thumbnail_training.side)
-    for stage in (*recipe.unet_training, recipe.lora_training, recipe.inversion_training, recipe.consistency_training):
-        if stage is None:
-            continue
-        if stage.latents is not None:
-            if latents:
-                find_shards(stage.latents)
-        elif stage.pictures is None:
-            check(recipe.data, stage.batch_size, stage.side, factor)
-        elif recipe.data.buckets is not None:
-            raise SettingError("data.buckets: pictures that are encoded once are square; use latents, or no buckets")
-
-
-def sample_request(prompt: str, side: int, steps: int | None = 20) -> "GenerationRequest":
-    """What samples on the way are drawn with; without `steps`, in as many as the model says."""
-    from ldm.request import GenerationRequest
-
-    return GenerationRequest(prompt=prompt, width=side, height=side, steps=steps)
 
 
 def stages(this: "Run", stage: str, record: "Record") -> None:
@@ -234,7 +181,7 @@ def stages(this: "Run", stage: str, record: "Record") -> None:
         unet(this, record)
     if stage in ADAPTATIONS:
         adapt(this, stage, record)
-    if stage == "all" and workers().main:
+    if stage == "all" and this.recipe.unet_training and workers().main:
         print(finish(this))
 
 
@@ -346,6 +293,7 @@ def sample(this: "Run", bundle: "Bundle", report: "Report", stage: str, side: in
     """Now and then, draw the recipe's prompts with the averaged weights of this moment."""
     from ldm.images import grid, save_png
     from ldm.pipeline import TextToImage
+    from ldm.training.preflight import sample_request
     from ldm.training.stages import averaged
 
     if report.step % this.recipe.sample_every and report.step != report.total:

@@ -49,13 +49,19 @@ def two(kind: str, folder: Path, *settings: str) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "strategy"),
-    [("unet", "ddp"), ("unet", "fsdp"), ("vae", "ddp"), ("gan", "ddp"), ("clip", "ddp"), ("sigmoid", "ddp"),
-     ("lora", "ddp"), ("lora", "fsdp"), ("vae", "fsdp")],
+    ("kind", "setting"),
+    [("unet", "strategy=ddp"), ("unet", "strategy=fsdp"), ("unet", "optimizer=muon"),
+     ("conditioned", "strategy=ddp"), ("conditioned", "strategy=fsdp"), ("conditioned", "optimizer=muon"),
+     ("resting", "strategy=ddp"), ("resting", "strategy=fsdp"),
+     ("vae", "strategy=ddp"), ("vae", "strategy=fsdp"), ("gan", "strategy=ddp"),
+     ("clip", "strategy=ddp"), ("sigmoid", "strategy=ddp"), ("thumbnail", "strategy=ddp"),
+     ("lora", "strategy=ddp"), ("lora", "strategy=fsdp"),
+     ("consistency", "strategy=ddp"), ("consistency", "strategy=fsdp")],
 )  # fmt: skip
-def test_two_processes_with_four_each_are_one_with_eight(kind: str, strategy: str, tmp_path: Path) -> None:
-    alone = [report.losses for report in trained(kind, tmp_path / "one", **SHORT)]
-    together = two(kind, tmp_path / "two", f"strategy={strategy}")
+def test_two_processes_with_four_each_are_one_with_eight(kind: str, setting: str, tmp_path: Path) -> None:
+    name, value = setting.split("=")
+    alone = [report.losses for report in trained(kind, tmp_path / "one", **SHORT, **{name: value})]
+    together = two(kind, tmp_path / "two", setting)
     assert len(together) == len(alone)
     for step, (one, other) in enumerate(zip(alone, together, strict=True)):
         for name in one:
@@ -193,9 +199,8 @@ def test_a_process_that_ends_or_hangs_ends_the_other_and_is_named(how: str, tmp_
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert words in error and "Traceback" not in said
     status = json.loads((run / "status.json").read_text())
-    if how != "a bug":
-        assert status["state"] == "failed" and words in status["error"]
-        assert status["rank"] == (1 if how == "raises" else 0)
+    assert status["state"] == "failed" and ("KeyError: 'x'" if how == "a bug" else words) in status["error"]
+    assert status["rank"] == (1 if how in ("raises", "a bug") else 0)
     again = ("--allow-world-size-change", "unet_training.0.micro_batch_size=4")
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), *flags, *again],
@@ -204,6 +209,40 @@ def test_a_process_that_ends_or_hangs_ends_the_other_and_is_named(how: str, tmp_
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+ENCODING = """
+import os, runpy, sys, time
+from ldm.training import farewell, stages
+farewell.SECONDS, parts = 2.0, stages.encoded_parts
+def ending(*arguments):
+    yield 0
+    {end}
+stages.encoded_parts = ending
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "raises", "hangs"])
+def test_who_waits_for_latents_notices_that_nobody_makes_them(how: str, tmp_path: Path) -> None:
+    end, words = ENDS[how]
+    program, recipe = tmp_path / "encoding.py", tmp_path / "tiny.yaml"
+    program.write_text(ENCODING.format(end=end.replace("DataError", "OSError")))
+    recipe.write_text(DIGITS)
+    flags = ("unet", "--config", str(recipe), "--run-dir", str(tmp_path / "run"), "--report-to", "none")
+    first, second = pair(program, free_port(), *flags, "--dist-timeout", "10")
+    try:
+        said = second.communicate(timeout=120)[1]
+    finally:
+        first.kill()
+    assert second.returncode == 5 and "Traceback" not in said
+    if how != "raises":
+        (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert words.replace("rank 1", "rank 0") in error
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and status["rank"] == (0 if how == "raises" else 1)
 
 
 def test_draws_of_parts_are_those_of_the_whole() -> None:

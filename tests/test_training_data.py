@@ -200,6 +200,52 @@ def test_data_that_cannot_be_read_are_refused_before_a_model_is_opened(
     assert not list((tmp_path / "run").rglob("*.safetensors")) and not Path("ran").exists()
 
 
+def test_a_run_does_not_go_on_with_a_set_that_has_grown(
+    train: Script, flags: tuple[str, ...], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ("--run-dir", str(tmp_path / "run"))
+    stopped(train, monkeypatch, *flags, *run)
+    more = shards / "photos-00004.tar"
+    more.write_bytes((shards / "photos-00000.tar").read_bytes())
+    ended = train(*flags, *run)
+    assert ended.code == 3 and "data.shards: these are not the shards that this run began with" in ended.errors[0]
+    more.unlink()
+    assert train(*flags, *run).code == 0
+
+
+def test_cached_latents_that_were_made_anew_are_refused_once_they_were_learned_from(
+    train: Script, flags: tuple[str, ...], latents: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached, run = latents(), ("--run-dir", str(tmp_path / "run"))
+    stopped(train, monkeypatch, *flags, cached, *run)
+    assert train(*flags, cached, *run, "unet_training.0.steps=3").code == 0  # notes what the checkpoint is of
+    next(iter((tmp_path / "latents").glob("*.tar"))).unlink()
+    assert "unet_training.0.latents: these are not" in train(*flags, cached, *run).errors[0]
+
+
+def test_pictures_are_encoded_in_parts_of_the_size_that_is_computed_at_once(
+    train: Script, flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ldm.models.autoencoder import KLAutoencoder
+
+    encode, counts = KLAutoencoder.encode, list[int]()
+
+    def noted(self: KLAutoencoder, images: torch.Tensor) -> Any:
+        counts.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(KLAutoencoder, "encode", noted)
+    assert train(*flags, "--run-dir", tmp_path / "whole").code == 0
+    part = ("unet_training.0.micro_batch_size=2", "--run-dir", str(tmp_path / "parts"))
+    assert train(*flags, *part).code == 0
+    assert counts == [4] * 4 + [2] * 8
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        for run in ("whole", "parts")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_an_autoencoder_learns_from_pictures_of_all_shapes(
     train: Script, flags: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -218,9 +218,10 @@ def fit_statistics(
 ) -> tuple[AutoencoderConfig, float]:
     """The config with the latents' mean and standard deviation per channel and the least-squares map to colours.
 
-    Also returns R² of that map on the same images.
+    Also returns R² of that map on the same images. They are encoded where the autoencoder is; the rest is the CPU's.
     """
-    raw = torch.cat([autoencoder.posterior(chunk).mean for chunk in images.split(batch)])
+    device = autoencoder.quant_conv.weight.device
+    raw = torch.cat([autoencoder.posterior(chunk.to(device)).mean.cpu() for chunk in images.split(batch)])
     mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
     latents = ((raw - mean[:, None, None]) / std[:, None, None]).permute(0, 2, 3, 1).reshape(-1, raw.shape[1])
     colours = F.interpolate(images, size=raw.shape[2:], mode="area").permute(0, 2, 3, 1).reshape(-1, images.shape[1])
@@ -239,8 +240,9 @@ def fit_statistics(
 @torch.no_grad()
 def psnr(autoencoder: KLAutoencoder, images: Float[Tensor, "n 3 h w"], batch: int = 8) -> float:
     """Mean peak signal-to-noise ratio of reconstructions in dB, over images in [−1, 1]."""
-    values = []
-    for chunk in images.split(batch):
+    values: list[float] = []
+    device = autoencoder.quant_conv.weight.device
+    for chunk in (part.to(device) for part in images.split(batch)):
         error = (autoencoder.reconstruct(autoencoder.posterior(chunk).mean).clamp(-1, 1) - chunk).float()
         values += (10 * torch.log10(4.0 / error.square().mean(dim=(1, 2, 3)))).tolist()
     return sum(values) / len(values)

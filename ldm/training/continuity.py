@@ -5,13 +5,15 @@ import json
 
 from ldm import config
 from ldm.cli import warn
-from ldm.errors import ModelError, SettingError
+from ldm.data.latents import pictures_name
+from ldm.data.shards import find_shards
+from ldm.errors import DataError, ModelError, SettingError
 from ldm.files import save_text
 from ldm.training.recipe import Recipe
 from ldm.training.run import Run, network_digest
 from ldm.training.workers import workers
 
-RECIPE, BASE = "recipe.yaml", "base.json"
+RECIPE, BASE, DATA = "recipe.yaml", "base.json", "data.json"
 # What may change on the way: how fast and how visibly, and how fast from now on is learned. Everything else would make
 # the run another one than its name says.
 FREE = (
@@ -19,12 +21,30 @@ FREE = (
     *("save_every", "keep", "keep_best", "learning_rate", "steps", "workers", "timeout_s", "index", "resident"),
 )
 
+# What the stage of a section leaves last.
+PRODUCTS = {
+    "autoencoder_training": "autoencoder",
+    "clip_training": "text",
+    "thumbnail_training": "text-thumbnail",
+    "evaluator_training": "evaluator",
+    "lora_training": "lora",
+    "inversion_training": "word",
+    "consistency_training": "unet-consistency",
+}
+
 
 def begin(run: Run) -> None:
     """Note what the run is made from, or compare it with what was noted when it began.
 
-    What is free to change is said. Raises SettingError for another recipe and ModelError for another base.
+    What is free to change is said. Raises SettingError for another recipe, ModelError for another base, and DataError
+    for other shards, also where another process sees others.
     """
+    data = data_of(run)
+    if any(other != data for other in workers().gathered(data)):
+        raise DataError(
+            "data: the processes do not see the same shards, by their names and sizes; mount the same folder on every "
+            "machine"
+        )
     if not workers().main:
         return
     path = run.folder / RECIPE
@@ -39,6 +59,27 @@ def begin(run: Run) -> None:
             f"{about['name'] or 'none'} (sha256 {about['sha256'] or '-'}); give the first again, or another --run-dir"
         )
     save_text(path, json.dumps(about, indent=2) + "\n")
+    path = run.folder / DATA
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for name in sorted(known.keys() & data.keys()):
+        if known[name] != data[name]:
+            raise DataError(
+                f"{name}: these are not the shards that this run began with, by their names and sizes, so it would "
+                "see others in another order; put those back, or use another --run-dir"
+            )
+    save_text(path, json.dumps({**known, **data}, indent=2) + "\n")
+
+
+def data_of(run: Run) -> dict[str, str]:
+    """A name for the shards of each local set, which changes with their number, names and sizes.
+
+    Shards of latents count from the first checkpoint of the stage that reads them.
+    """
+    data, stages = run.recipe.data, enumerate(run.recipe.unet_training)
+    sets = {"data.shards": data.shards if data.mode == "indexed" else None}
+    sets["data.mix.shards"] = data.mix.shards if data.mix is not None else None
+    sets |= {f"unet_training.{i}.latents": one.latents for i, one in stages if run.checkpoints(f"unet-{i}").is_dir()}
+    return {name: pictures_name(find_shards(pattern)) for name, pattern in sets.items() if pattern is not None}
 
 
 def base_of(run: Run) -> dict[str, str]:
@@ -60,7 +101,14 @@ def compare(before: dict[str, object], now: dict[str, object], run: Run) -> None
                 f"{run.folder}: this run began with another recipe, {name} was {old} and is {new}; "
                 "use another --run-dir, or give the first recipe again"
             )
-        warn(f"{name} was {old} and is {new} from here on")
+        warn(f"{name} was {old} and is {new}{', but that stage is finished' if over(name, run) else ' from here on'}")
+
+
+def over(name: str, run: Run) -> bool:
+    """Whether the stage of a setting has left what it is for, so that nothing follows from the setting any more."""
+    section, _, rest = name.partition(".")
+    product = f"unet-{rest.partition('.')[0]}" if section == "unet_training" else PRODUCTS.get(section, "")
+    return run.product(product).is_file()
 
 
 def flat(values: object, name: str = "") -> dict[str, object]:

@@ -1,7 +1,7 @@
 """A process that ends says so, in the store where all met: one that did not is the dead or silent one."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -50,6 +50,33 @@ def say(me: Workers, how: Literal["failed", "left alone"]) -> bool:
         except torch.distributed.DistError:
             return False
     return True
+
+
+def beat(me: Workers) -> None:
+    """Let those know that wait for this process, by `heartbeat`, that it works."""
+    if me.world > 1:
+        _get_default_store().add("beats", 1)
+
+
+def heartbeat(me: Workers) -> Callable[[], None]:
+    """What a process calls now and then while it waits for the main one to do something alone.
+
+    It raises DistError, as an exchange would, where that one has ended, or has not called `beat` for as long as
+    processes wait for one another.
+    """
+    heard, since = -1, time.monotonic()
+
+    def listen() -> None:
+        nonlocal heard, since
+        store = _get_default_store()
+        if store.check(["ended/0"]):
+            raise torch.distributed.DistError("rank 0 has ended")
+        if (beats := store.add("beats", 0)) != heard:
+            heard, since = beats, time.monotonic()
+        elif time.monotonic() - since > me.patience:
+            raise torch.distributed.DistError("timed out waiting for rank 0")
+
+    return listen
 
 
 def missing(me: Workers) -> list[int] | None:

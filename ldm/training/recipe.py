@@ -52,4 +52,6 @@ class Recipe(Config):
             raise ValueError("consistency_training has a recipe of its own: its bundle would take the other's place")
         if (self.evaluator is None) != (self.evaluator_training is None):
             raise ValueError("evaluator and evaluator_training come together")
+        if (self.clip is None) != (self.clip_training is None):
+            raise ValueError("clip and clip_training come together")
         return self

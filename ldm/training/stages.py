@@ -37,6 +37,7 @@ from ldm.training.checkpoint import load_tensors, save_tensors
 from ldm.training.clip import Contrast, clip_losses, normalise_globally, pairs
 from ldm.training.conditioned import Condition, Conditioned, text_states, token_ids
 from ldm.training.consistency import consistency_losses
+from ldm.training.continuity import FREE
 from ldm.training.diffusion import (
     DiffusionTraining,
     UNetTraining,
@@ -45,6 +46,7 @@ from ldm.training.diffusion import (
     latent_batches,
     shard_batches,
 )
+from ldm.training.farewell import beat, heartbeat
 from ldm.training.inversion import Inversion, save_word, worded
 from ldm.training.latents import LatentCache
 from ldm.training.loop import Batches, Report, train
@@ -109,7 +111,11 @@ def with_adversary(
 
 
 def describe(run: Run, autoencoder: KLAutoencoder) -> None:
-    """Measure a trained autoencoder on pictures of the data, and write down its config with what was found."""
+    """Measure a trained autoencoder on pictures of the data, and write down its config with what was found.
+
+    On the device that trains: on a CPU a large one takes longer than the other processes wait.
+    """
+    autoencoder.to(workers().device)
     data = run.recipe.data.model_copy(update={"resident": False, "workers": 0})
     pictures = source.pictures(data, STATISTICS_PICTURES, run.model.sampling.width, run.recipe.seed + 1, alone=True)
     images = next(pictures(0)).images
@@ -120,6 +126,7 @@ def describe(run: Run, autoencoder: KLAutoencoder) -> None:
         "config": fitted.model_dump(mode="json"),
     }
     save_text(run.product("autoencoder").with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+    autoencoder.to("cpu")
 
 
 def clip_stage(run: Run) -> Iterator[Report]:
@@ -173,13 +180,15 @@ def latents_stage(run: Run, stage: DiffusionTraining, count: int) -> Iterator[in
     made_from: dict[str, object] = {path.stem: str(path.stat().st_mtime_ns) for path in products if path.is_file()}
     if run.base is not None:
         made_from["base"] = (network_digest(run.base, "autoencoder"), network_digest(run.base, "text"))
-    of = digest([made_from, run.recipe.data.model_dump(mode="json"), run.recipe.seed, stage.side, count, ids])
+    data = run.recipe.data.model_dump(mode="json", exclude=set(FREE))
+    of = digest([made_from, data, run.recipe.seed, stage.side, count, ids])
     about: dict[str, object] = {"of": of}
     path = run.folder / "latents" / f"{stage.side}.safetensors"
     cache = latents.load(path, about)
     if cache is None and workers().main:
         parts = []
         for report in encoded_parts(run, stage, count, bundle, path, about):
+            beat(workers())
             if isinstance(report, LatentCache):
                 parts.append(report)
             else:
@@ -188,8 +197,10 @@ def latents_stage(run: Run, stage: DiffusionTraining, count: int) -> Iterator[in
         latents.save(path, cache, about)
         for part in path.parent.glob(f"{path.stem}-*"):
             part.unlink()
+    encoding_goes_on = heartbeat(workers())
     while cache is None:
         time.sleep(LOOK_EVERY_SECONDS)
+        encoding_goes_on()
         yield 0
         cache = latents.load(path, about)
     yield cache
@@ -352,14 +363,14 @@ def consistency_stage(run: Run, cache: LatentCache | None, bundle: Bundle) -> It
 def averaged(bundle: Bundle, report: Report) -> Bundle | None:
     """A copy of the bundle that draws with the averaged weights of this moment; None where others draw.
 
-    Every process must ask.
+    Every process must ask, and waits for the one that draws: so that is done on the device that trains.
     """
     averages = report.averages()
     if not workers().main:
         return None
     drawing = copy.deepcopy(bundle)
     for name in ("autoencoder", "text", "unet"):
-        getattr(drawing, name).to("cpu").eval().requires_grad_(False)
+        getattr(drawing, name).to(workers().device).eval().requires_grad_(False)
     give_weights(drawing, averages)
     return drawing
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.errors import SettingError
 
 T = TypeVar("T")
+PATIENCE = 600.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Workers:
     rank: int
     world: int
     device: torch.device
+    # Seconds for which a process that says nothing is waited for.
+    patience: float = PATIENCE
 
     @property
     def main(self) -> bool:
@@ -80,13 +83,16 @@ class Workers:
             torch.distributed.barrier()
 
 
-def workers(timeout_seconds: float = 600.0) -> Workers:
+def workers(timeout_seconds: float | None = None) -> Workers:
     """Join the other processes, at the first call; afterwards only say who this one is.
 
-    A process that hears nothing from the others for `timeout_seconds` ends.
+    A process that hears nothing from the others for `timeout_seconds`, 600 unless said, ends.
     """
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout_seconds))
-    return Workers(state.process_index, state.num_processes, state.device)
+    waits = timedelta(seconds=timeout_seconds or PATIENCE)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=waits)
+    if timeout_seconds is not None:
+        state.patience = timeout_seconds  # of all its instances, as whatever it has
+    return Workers(state.process_index, state.num_processes, state.device, getattr(state, "patience", PATIENCE))
 
 
 class _Sum(torch.autograd.Function):

@@ -93,11 +93,39 @@ def test_a_run_taken_up_again_is_the_same_run(train: Script, recipe: Path, tmp_p
     check(train(*flags, "model.unet.channels=16"), 2, "model.unet.channels was 8 and is 16")
     check(train(*flags, "unet_training.0.batch_size=4"), 2, "unet_training.0.batch_size was 8 and is 4")
     check(train(*flags, "data.crop=random"), 2, "data.crop was centre and is random")
-    freely = train(*flags, "unet_training.0.save_every=1")
-    assert freely.code == 0 and "unet_training.0.save_every was 2 and is 1 from here on" in freely.err
     slower = train(*flags, "unet_training.0.learning_rate=5e-4")
-    assert slower.code == 0 and "learning_rate was 0.001 and is 0.0005 from here on" in slower.err
+    assert slower.code == 0 and "learning_rate was 0.001 and is 0.0005, but that stage is finished" in slower.err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_what_is_free_to_change_is_taken_from_there_on(
+    train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("unet", "--config", recipe, "--run-dir", tmp_path / "run", "unet_training.0.warmup_steps=0")
+    interrupted(train, monkeypatch, *flags, "unet_training.0.decay=0")
+    made = (tmp_path / "run" / "latents" / "28.safetensors").stat().st_mtime_ns
+    changed = ("unet_training.0.learning_rate=5e-4", "unet_training.0.save_every=1", "data.workers=1")
+    ended = train(*flags, "unet_training.0.decay=0", *changed)
+    assert ended.code == 0 and "learning_rate was 0.001 and is 0.0005 from here on" in ended.err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows] == [0.001, 0.0005, 0.0005]
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints" / "unet-0").glob("step_*")}
+    assert kept == {"step_00000003", "step_00000004"}
+    assert (tmp_path / "run" / "latents" / "28.safetensors").stat().st_mtime_ns == made, "they are the same latents"
+
+
+def interrupted(train: Script, monkeypatch: pytest.MonkeyPatch, *flags: object) -> Ended:
+    """Train, and be told to stop after the first step."""
+    step = record.Record.step
+
+    def signalled(self: record.Record, stage: str, report: Any) -> None:
+        step(self, stage, report)
+        if report.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.Record, "step", signalled)
+        return train(*flags)
 
 
 def test_a_run_does_not_go_on_with_other_data(train: Script, recipe: Path, tmp_path: Path) -> None:
@@ -122,16 +150,7 @@ def test_a_signal_saves_and_ends_with_75(
     train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("unet", "--config", recipe, "--run-dir", tmp_path / "run", "unet_training.0.save_every=100")
-    step = record.Record.step
-
-    def signalled(self: record.Record, stage: str, report: Any) -> None:
-        step(self, stage, report)
-        if report.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(record.Record, "step", signalled)
-        ended = train(*flags)
+    ended = interrupted(train, monkeypatch, *flags)
     assert ended.code == 75 and "stopped by SIGTERM; the state is saved" in ended.err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "saved"
     assert (tmp_path / "run" / "checkpoints" / "unet-0" / "step_00000002").is_dir()
@@ -241,6 +260,79 @@ def test_a_folder_that_tensorboard_cannot_write_to_is_said(tmp_path: Path, capsy
     (tmp_path / "tensorboard").write_text("a file")
     assert record.trackers("tensorboard", "tiny", tmp_path) == []
     assert "tensorboard cannot write there" in capsys.readouterr().err
+
+
+def test_a_bug_is_a_failure_too(train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: object) -> None:
+        raise RuntimeError("a kernel that is none")
+
+    monkeypatch.setattr(update.Update, "gradients", wrong)
+    assert train("unet", "--config", recipe, "--run-dir", tmp_path / "run").code == 1
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and status["error"] == "RuntimeError: a kernel that is none"
+
+
+# A recipe that has all stages, which none of these tests begins.
+WHOLE = """
+name: tiny-whole
+data: {shards: SHARDS}
+model:
+  autoencoder: {kind: kl, channels: 8, multipliers: [1, 2], res_blocks: 1, mid_attention: false, groups: 4}
+  text: {kind: clip, width: 16, layers: 1, heads: 2, context_length: 8, vocabulary: 600, padding: zero}
+  unet: {channels: 8, multipliers: [1, 2], res_blocks: 1, attention: [false, true], heads: 2, context_width: 16,
+    groups: 4}
+  sampling: {width: 32, height: 32}
+clip: {embedding: 8, image_size: 32, width: 4, layers: [1, 1, 1, 1]}
+autoencoder_training: {steps: 2, batch_size: 2, learning_rate: 1e-3, crop: 16, sides: [32]}
+clip_training: {steps: 2, batch_size: 2, learning_rate: 1e-3}
+unet_training: [{side: 32, steps: 2, batch_size: 2, learning_rate: 1e-3}]
+sample_prompts: [a]
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "words"),
+    [
+        ("unet", (), "there is no autoencoder in"),
+        ("unet", ("autoencoder_training=null",), "there is no autoencoder in"),
+        ("all", ("clip=null", "clip_training=null"), "there is no text tower in"),
+        ("all", ("autoencoder_training=null",), "there is no autoencoder in"),
+        ("all", ("clip=null",), "clip and clip_training come together"),
+        ("vae", ("autoencoder_training=null",), "vae: this recipe has no section for it"),
+        ("clip", ("clip=null", "clip_training=null"), "clip: this recipe has no section for it"),
+        ("thumbnail", (), "thumbnail: this recipe has no section for it"),
+        ("evaluator", (), "evaluator: this recipe has no section for it"),
+        ("unet", ("unet_training=[]",), "unet: this recipe has no section for it"),
+        ("all", ("fine_tune=true",), "--base: fine_tune begins with"),
+        ("vae", ("autoencoder_training.crop=15",), "expected a multiple of 2"),
+    ],
+)
+def test_what_a_stage_lacks_is_said_before_anything_is_computed(
+    train: Script, recipe: Path, tmp_path: Path, stage: str, overrides: tuple[str, ...], words: str
+) -> None:
+    write_shards(samples(8), tmp_path / "data", 4, "shades")
+    recipe.write_text(WHOLE.replace("SHARDS", str(tmp_path / "data")))
+    check(train(stage, "--config", recipe, "--run-dir", tmp_path / "run", *overrides), 2, words)
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_recipe_of_an_autoencoder_alone_ends_with_it(train: Script, recipe: Path, tmp_path: Path) -> None:
+    write_shards(samples(8), tmp_path / "data", 4, "shades")
+    recipe.write_text(WHOLE.replace("SHARDS", str(tmp_path / "data")))
+    alone = ("clip=null", "clip_training=null", "unet_training=[]")
+    assert train("all", "--config", recipe, "--run-dir", tmp_path / "run", *alone).code == 0
+    assert (tmp_path / "run" / "autoencoder.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stage", ["lora", "consistency"])
+def test_sides_that_an_adaptation_cannot_have_are_said(train: Script, recipe: Path, tmp_path: Path, stage: str) -> None:
+    write_shards(samples(8), tmp_path / "data", 4, "shades")
+    settings = {"lora": "rank: 2", "consistency": "guidance_scale: 3"}[stage]
+    recipe.write_text(
+        LORA.replace("lora_training", f"{stage}_training").replace("rank: 2", settings).replace("side: 64", "side: 72")
+    )
+    flags = (stage, "--config", recipe, "--run-dir", tmp_path / "run", f"data.shards={tmp_path / 'data'}")
+    check(train(*flags, "--base", tiny_model().save(tmp_path / "base")), 2, "72", "multiple of 16")
 
 
 def test_too_little_memory_says_what_to_lower(
