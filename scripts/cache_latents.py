@@ -1,6 +1,7 @@
 """Encode the pictures and captions of shards once: latents (mean and standard deviation) and text states, as shards."""
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm.cli import ArgumentParser, run
-from ldm.errors import SettingError
+from ldm.errors import DataError, MachineError, SettingError
+from ldm.files import save_text
 
 if TYPE_CHECKING:
+    import torch
+
     from ldm.bundle import Bundle
     from ldm.data.buckets import BucketConfig, Size
     from ldm.data.decoding import Sample
@@ -25,6 +29,7 @@ EPILOG = """examples:
   torchrun --nproc-per-node 8 scripts/cache_latents.py --model sd15 --data 'data/set-{00000..00999}.tar' ...
 Shard i of the pictures becomes shard i of the latents, which rank i mod the number of ranks writes. A shard appears
 whole or not at all; the same command, given again, goes on with those that are missing, with any number of ranks.
+Bad samples, those without a caption among them, are left out, named and counted; more than 1 % end it with exit code 3.
 exit codes: 0 done, 2 bad setting, 3 bad data, 4 bad model, 5 machine, 130 stopped"""
 LARGEST = {"side": 4096, "batch_size": 4096, "bucket_step": 1024}
 Encoded = dict[str, object]
@@ -42,6 +47,7 @@ def parser() -> ArgumentParser:
     )
     made.add_argument("--max-aspect", type=float, default=2.0, metavar="RATIO", help="of the sizes by aspect (2)")
     made.add_argument("--batch-size", type=int, default=16, metavar="N", help="pictures encoded at once (16)")
+    made.add_argument("--empty-captions", action="store_true", help="keep pictures without words, as the null prompt's")
     made.add_argument("--no-text", action="store_true", help="keep captions only, no text states")
     made.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)), help="this process ($RANK, or 0)")
     made.add_argument(
@@ -65,7 +71,7 @@ def main() -> None:
     from ldm.bundle import Bundle
     from ldm.machine import find_device, find_dtype, keep_freed_memory
 
-    device = find_device(args.device)
+    device = own_gpu(find_device(args.device))
     dtype, _ = find_dtype(args.dtype, device)
     keep_freed_memory()
     bundle = Bundle.load(args.model, str(device), dtype)
@@ -73,6 +79,18 @@ def main() -> None:
         if side % bundle.autoencoder.factor:
             raise SettingError(f"side: {side} is not a multiple of {bundle.autoencoder.factor}; choose another one")
     cache(args, shards, bundle, sizes, made_from(args, bundle, buckets))
+
+
+def own_gpu(device: "torch.device") -> "torch.device":
+    """The device of this process: where torchrun started several on one machine, each has a GPU of its own."""
+    import torch
+
+    number = os.environ.get("LOCAL_RANK", "")
+    if str(device) != "cuda" or not number:
+        return device
+    if int(number) >= (there := torch.cuda.device_count()):
+        raise MachineError(f"LOCAL_RANK: got {number}, {there} CUDA devices are here; start {there} processes")
+    return torch.device("cuda", int(number))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -99,17 +117,43 @@ def cache(
     from ldm.data.tally import Tally
 
     null = None if args.no_text else bundle.text.encode([""]).tokens[0].half().cpu().numpy()
-    describe(args.output, of, pictures_name(shards), null)
+    pictures = pictures_name(shards) + (" with empty captions" if args.empty_captions else "")
+    describe(args.output, of, pictures, null)
     tally, began, written = Tally(), time.monotonic(), 0
     mine = [number for number in range(len(shards)) if number % args.world_size == args.rank]
     for number in mine:
         path = shard_path(args.output, "latents", number)
         if path.exists():
+            count_again(path, tally)
             continue
-        written += write_shard(encoded(shards[number], bundle, sizes, args, tally), path)
+        written += write_shard(counted(encoded(shards[number], bundle, sizes, args, tally), path, tally), path)
         print(f"{path}: {tally.seen} pictures in {time.monotonic() - began:.0f} s", file=sys.stderr)
     tally.end()
     print(f"{args.output}: {len(mine)} of {len(shards)} shards are this rank's; {written} latents written now")
+
+
+def counts_path(shard: Path) -> Path:
+    """Where it is kept how many samples of the pictures a shard of latents was made from, and how many were bad."""
+    return shard.with_name(f".{shard.name}.counts.json")
+
+
+def counted(samples: Iterator[Encoded], shard: Path, tally: "Tally") -> Iterator[Encoded]:
+    """The samples; before the shard of them appears, what was counted on the way is kept."""
+    seen, counts = tally.seen, tally.counts.copy()
+    yield from samples
+    save_text(counts_path(shard), json.dumps({"seen": tally.seen - seen, "counts": tally.counts - counts}) + "\n")
+
+
+def count_again(shard: Path, tally: "Tally") -> None:
+    """Count what was counted when the shard was made, so that a set that was refused is refused again."""
+    path = counts_path(shard)
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        tally.again(kept["seen"], kept["counts"])
+    except FileNotFoundError:
+        return  # made before counts were kept
+    except (ValueError, TypeError, KeyError):
+        raise DataError(f"{path}: no counts, expected those of its shard; delete both") from None
 
 
 def made_from(args: argparse.Namespace, bundle: "Bundle", buckets: "BucketConfig | None") -> "MadeFrom":
@@ -134,7 +178,7 @@ def encoded(
     from ldm.data.shards import read_shard
 
     waiting: dict[int, list[tuple[str, Sample]]] = {}
-    for key, sample in read_shard(shard, tally):
+    for key, sample in read_shard(shard, tally, need_words=not args.empty_captions):
         width, height = np.array([sample.image.width]), np.array([sample.image.height])
         bucket = int(assign(width, height, sizes)[0])
         waiting.setdefault(bucket, []).append((key, sample))

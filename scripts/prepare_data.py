@@ -4,6 +4,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ dataset.json, whatever the number of workers; --resume goes on behind the last f
 exit codes: 0 done, 2 bad setting, 3 bad data, 5 machine, 130 stopped"""
 Sample = dict[str, object]
 SETTINGS_FILE = "dataset.json"
+COUNT = "count"  # of pictures, in dataset.json; for emoji it is known only when they have been looked at
 LINE_EVERY_SECONDS = 10.0
 SAMPLES_AT_ONCE = 32  # a worker's portion
 RECORDS_AT_ONCE = 8
@@ -134,6 +136,7 @@ def draw_emoji(args: argparse.Namespace) -> None:
     folder, size, found = args.output, args.shard_size, drawings(args.input)
     names = ("source", "resolution", "shard_size", "seed")
     settings = {**{name: getattr(args, name) for name in names}, "input": str(args.input)}
+    refuse_same_folder(args)
     shards = begin(folder, settings, args.resume)
     first = next(n for n in range(len(shards) + 1) if folder / f"emoji-{n:05d}.tar" not in shards)
     drawable = [one for one in found if isinstance(one, Drawing)]
@@ -145,6 +148,7 @@ def draw_emoji(args: argparse.Namespace) -> None:
         rows = [json.dumps({"origin": one.origin, "reason": one.reason, "words": one.words}) for one in left_out]
         save_text(folder / "rejects.jsonl", "".join(f"{row}\n" for row in rows))
         done, count = min(first * size, len(chosen.training)), len(chosen.training)
+        keep_settings(folder, {**settings, COUNT: count})
         samples = shown(each(make, chosen.training[done:]), done, count)
         write_shards(samples, folder, size, "emoji", start=first)
     print(f"{folder}: {count} pictures, {len(chosen.held_out)} held out, {len(left_out)} left out (rejects.jsonl)")
@@ -164,21 +168,42 @@ def save_held_out(folder: Path, samples: Iterable[Sample]) -> None:
 
 def begin(folder: Path, wanted: dict[str, Any], resume: bool) -> list[Path]:
     """The shards that are there; keeps the settings beside them, and refuses to mix two sets."""
-    about = folder / SETTINGS_FILE
-    shards = list(folder.glob("*.tar"))
+    shards, kept = list(folder.glob("*.tar")), kept_settings(folder)
+    if shards and not kept:
+        raise DataError(f"{folder}: has {len(shards)} shards but no {SETTINGS_FILE}, expected none; name a new folder")
     if shards and not resume:
         raise DataError(
             f"{folder}: has {len(shards)} shards already, expected none; add --resume, or name a new folder"
         )
-    kept = kept_settings(folder)
-    if shards and kept and kept != wanted:
+    begun = {name: value for name, value in kept.items() if name in wanted or name != COUNT}
+    if shards and begun != wanted:
         other = ", ".join(f"{name} {kept.get(name)}" for name in wanted if kept.get(name) != wanted[name])
         raise SettingError(f"{folder}: was begun with {other}; give the same settings, or name a new folder")
+    for path in shards:
+        if not re.fullmatch(rf"{wanted['source']}-\d{{5,}}\.tar", path.name):
+            raise DataError(f"{path}: a shard of another set; move it elsewhere, or name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".*.tmp"):
         stale.unlink()  # what a killed run was writing
-    save_text(about, json.dumps(wanted, indent=2) + "\n")
+    keep_settings(folder, {**wanted, **kept} if shards else wanted)
     return shards
+
+
+def refuse_same_folder(args: argparse.Namespace) -> None:
+    """Raise SettingError where what is read would be written over."""
+    from ldm.data.importing import MANIFEST, REJECTS
+    from ldm.data.shards import find_shards
+
+    folders = [path.parent for path in find_shards(args.input)] if args.source == "shards" else []
+    read = {path.resolve() for path in (args.input, *folders)}
+    output = args.output.resolve()
+    if read & {output, *(output / name for name in (SETTINGS_FILE, MANIFEST, REJECTS))}:
+        raise SettingError(f"--output: {args.output} is where the input lies, expected another folder; name a new one")
+
+
+def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write dataset.json."""
+    save_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
 
 def kept_settings(folder: Path) -> dict[str, Any]:
@@ -229,6 +254,7 @@ def import_pictures(args: argparse.Namespace) -> None:
         raise SettingError(f"--input: not given, expected the {args.source} with the pictures; name it")
     rules = import_rules(args)
     source = open_source(args)
+    refuse_same_folder(args)
     settings = {"source": args.source, "input": str(args.input), "shard_size": args.shard_size}
     columns = {name: getattr(args, name) for name in ("image_column", "caption_column")}
     shards = begin(args.output, {**settings, **columns, **rules.model_dump(mode="json")}, args.resume)
@@ -314,7 +340,7 @@ def verify(folder: Path) -> None:
         faults += found
         print(f"{path}: {good} good samples, {len(found)} faults", file=sys.stderr)
     lines = read_manifest(folder)
-    count = sum(line.samples for line in lines) if lines else kept_settings(folder).get("count", total)
+    count = sum(line.samples for line in lines) if lines else kept_settings(folder).get(COUNT, total)
     if count != total:
         faults.append(
             f"{folder}: got {total} good samples, expected {count} by {SETTINGS_FILE}; resume or prepare again"

@@ -235,6 +235,10 @@ def test_shards_are_the_same_whatever_came_between(
     names = sorted(path.name for path in whole.glob("*.tar"))
     assert len(names) > 2 and names == sorted(path.name for path in again.glob("*.tar"))
     assert all((whole / name).read_bytes() == (again / name).read_bytes() for name in names)
+    assert (whole / "dataset.json").read_bytes() == (again / "dataset.json").read_bytes()
+    (again / names[-1]).unlink()
+    ended = prepare("--verify", again)
+    assert ended.code == 3 and f"good samples, expected {len(samples)} by dataset.json" in ended.out
 
 
 def test_without_resvg_one_line_says_what_to_install(

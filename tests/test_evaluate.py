@@ -94,6 +94,22 @@ def test_a_folder_a_list_and_shards_hold_the_same_pictures(folder: Path, tmp_pat
     assert len(seen(find_pictures(str(folder), 5), pixels())) == 5
 
 
+def test_what_is_damaged_ends_the_evaluation_with_what_to_do(folder: Path) -> None:
+    (folder / "02.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"02\.txt: got a txt that is not UTF-8 .*; replace or remove it$"):
+        seen(find_pictures(str(folder)), pixels())
+    (folder / "01.png").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"01\.png: .*expected a whole PNG file; replace or remove it$"):
+        seen(find_pictures(str(folder)), pixels())
+
+
+def test_captions_of_a_list_may_have_any_character(folder: Path, tmp_path: Path) -> None:
+    caption = "a\u2028red\u0085box"
+    row = json.dumps({"image": str(folder / "00.png"), "caption": caption}, ensure_ascii=False)
+    (tmp_path / "list.jsonl").write_text(f"{row}\r\n \n{row}\n", encoding="utf-8")
+    assert seen(find_pictures(str(tmp_path / "list.jsonl")), pixels()).captions == (caption, caption)
+
+
 def test_digest_tells_pixels_and_captions_apart(folder: Path) -> None:
     whole = find_pictures(str(folder), 2)
     assert seen(recaptioned(whole, [Asked("", "a"), Asked("", "b")])).sha256 != seen(whole).sha256

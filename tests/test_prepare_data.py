@@ -155,6 +155,33 @@ def test_rows_that_cannot_be_used_are_counted(photos: Path, prepare: Callable[..
     ]
 
 
+def test_reading_goes_on_behind_rows_that_are_no_csv(
+    photos: Path, prepare: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        "file_name,text",
+        "0.dotted.png,first",
+        '1.dotted.png,"the "big" one"',
+        "2.dotted.png,third",
+        f"3.dotted.png,{'x' * 140_000}",
+        "4.dotted.png,fifth",
+        '5.dotted.png,"two',
+        'lines"',
+        '6.dotted.png,"never closed',
+        "7.dotted.png,and so within it",
+    ]
+    (photos / "t.csv").write_text("\n".join(lines) + "\n")
+    prepare("--source", "csv", "--input", photos / "t.csv", "--output", tmp_path / "out", *SMALL)
+    assert captions(tmp_path / "out") == ["first", "third", "fifth", "two\nlines"]
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(row["origin"], row["reason"]) for row in rejects] == [(f"t.csv:{line}", "bad row") for line in (3, 5, 10)]
+    assert rejects[2]["words"].startswith("no CSV in lines 9 to 10 (")
+    assert "7 read, 4 taken, left out: 3 bad row" in capsys.readouterr().out
+    (photos / "t.csv").write_text('file_name,"te"xt\n0.dotted.png,first\n')
+    with pytest.raises(DataError, match="no names of columns"):
+        prepare("--source", "csv", "--input", photos / "t.csv", "--output", tmp_path / "other", *SMALL)
+
+
 def test_a_table_without_a_known_column_is_refused(photos: Path, prepare: Callable[..., None], tmp_path: Path) -> None:
     (photos / "t.csv").write_text("file,words\n0.dotted.png,a\n")
     asked = ("--source", "csv", "--input", photos / "t.csv", "--output", tmp_path / "out", *SMALL)
@@ -309,6 +336,40 @@ def test_another_input_is_not_mixed_in(photos: Path, prepare: Callable[..., None
         prepare(*asked, "--resume")
 
 
+def test_shards_of_others_are_neither_removed_nor_mixed_in(
+    photos: Path, prepare: Callable[..., None], tmp_path: Path
+) -> None:
+    theirs = tmp_path / "set"
+    theirs.mkdir()
+    for name in ("shards-00000.tar", "shards-00007.tar"):
+        write_shard([{"__key__": "a", "png": file(picture(0)), "txt": "a"}], theirs / name)
+    before = contents(theirs)
+    for source, given in (("shards", theirs), ("folder", photos), ("shards", theirs / "shards-{00000,00007}.tar")):
+        for more in ((), ("--resume",)):
+            with pytest.raises((DataError, SettingError), match="; name a new") as refused:
+                prepare("--source", source, "--input", given, "--output", theirs, *SMALL, *more)
+            assert "--resume" not in str(refused.value) and contents(theirs) == before
+    ours = ("--source", "folder", "--input", photos, *SMALL, "--output", tmp_path / "out")
+    prepare(*ours)
+    (theirs / "shards-00007.tar").rename(tmp_path / "out" / "shards-00007.tar")
+    with pytest.raises(DataError, match=r"shards-00007\.tar: a shard of another set"):
+        prepare(*ours, "--resume")
+
+
+def test_what_is_read_is_not_written_over(photos: Path, prepare: Callable[..., None], tmp_path: Path) -> None:
+    table = photos / "rejects.jsonl"
+    table.write_text(json.dumps({"file_name": "0.dotted.png", "text": "a"}))
+    before = contents_of_files(photos)
+    for given in (("folder", photos), ("jsonl", table)):
+        with pytest.raises(SettingError, match=r"--output: .* is where the input lies"):
+            prepare("--source", given[0], "--input", given[1], "--output", photos, *SMALL)
+    assert contents_of_files(photos) == before
+
+
+def contents_of_files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def test_a_full_disk_keeps_the_finished_shards(photos: Path, prepare: Callable[..., None], tmp_path: Path) -> None:
     asked = ("--source", "folder", "--input", photos, *SMALL)
     prepare(*asked, "--output", tmp_path / "whole")
@@ -370,6 +431,12 @@ def test_what_could_start_another_program_is_no_picture(tmp_path: Path) -> None:
     for data in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg/>", b"%PDF-1.4\n"):
         outcome = clean(Record("x", data, ("a",)), Rules())
         assert isinstance(outcome, Reject) and outcome.reason == "torn picture"
+
+
+def test_what_is_said_of_a_torn_picture_is_the_same_in_every_run() -> None:
+    outcome = clean(Record("x", b"no picture at all", ("a",)), Rules())
+    assert isinstance(outcome, Reject)
+    assert outcome.words.startswith("UnidentifiedImageError (cannot identify image file), expected a whole PNG or")
 
 
 def test_sizes_follow_the_rules() -> None:

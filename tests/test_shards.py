@@ -189,6 +189,7 @@ def test_script_writes_the_same_with_any_number_of_workers(prepare: Callable[...
     one, two = tmp_path / "one", tmp_path / "two"
     prepare(*ASKED, one, "--workers", 1)
     write_shards(samples(10), two, 10, "shapes")
+    (two / "dataset.json").write_bytes((one / "dataset.json").read_bytes())
     command = [sys.executable, SCRIPT, *ASKED, two, "--workers", 2, "--resume"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     for path in find_shards(one):

@@ -47,7 +47,7 @@ def choose_caption(caption: str, facts: Mapping[str, Any], config: CaptionConfig
     if not known:
         if config.empty == "uncond":
             return ""
-        raise BadSample(where, "empty caption", "got an empty caption, expected words")
+        raise without_words(where)
     if chance("caption dropout") < config.dropout:
         return ""
     chosen = pick(known, chance("caption")) if config.choice == "any" else known[0]
@@ -56,6 +56,11 @@ def choose_caption(caption: str, facts: Mapping[str, Any], config: CaptionConfig
         return chosen
     words = {**facts, "caption": chosen}
     return NAME.sub(lambda found: str(words[found[1]]), pick(usable, chance("template")))
+
+
+def without_words(where: str) -> BadSample:
+    """The fault of a sample without words."""
+    return BadSample(where, "empty caption", "got an empty caption, expected words")
 
 
 def pick(choices: tuple[str, ...] | list[str], number: float) -> str:

@@ -6,6 +6,7 @@ list "captions" with further ones. Files of other kinds are not looked at.
 
 import io
 import json
+import re
 import struct
 import warnings
 import zlib
@@ -21,6 +22,7 @@ from ldm.data.tally import BadSample
 IMAGE_FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "jpeg": "JPEG"}
 DECODED = (*IMAGE_FORMATS, "txt", "json")
 MAX_PIXELS = 32_000_000  # a small file can claim a huge picture: refused before it is decoded
+ADDRESS = re.compile(r" ?<\S+ object at 0x[0-9a-fA-F]+>")  # of an object in memory: another one in every run
 LONGEST_CAPTION = 10_000  # characters; what is longer is a document, not a caption
 
 # What Pillow and the codecs behind it raise for a damaged file.
@@ -49,6 +51,14 @@ def decode(members: Mapping[str, bytes], where: str) -> Sample:
     caption = read_caption(members["txt"], where)
     facts = read_facts(members["json"], where) if "json" in members else {}
     return Sample(read_picture(members[endings[0]], where, [IMAGE_FORMATS[endings[0]]]), caption, facts)
+
+
+def refuse_name(key: str, where: str) -> None:
+    """BadSample for a key that is not UTF-8 in its tar: it has surrogates in place of those bytes."""
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample(where, "name not UTF-8", "got a name that is not UTF-8, expected text") from error
 
 
 def read_caption(data: bytes, where: str) -> str:
@@ -116,7 +126,8 @@ def read_picture(
         words = f"got a picture far too large, expected at most {max_pixels} pixels in all"
         raise BadSample(where, "too many pixels", words) from error
     except PICTURE_ERRORS as error:
-        words = f"{type(error).__name__} ({error}), expected a whole {' or '.join(formats)} file"
+        said = ADDRESS.sub("", str(error))
+        words = f"{type(error).__name__} ({said}), expected a whole {' or '.join(formats)} file"
         raise BadSample(where, "torn picture", words) from error
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
 from ldm.cli import warn
-from ldm.data.decoding import IMAGE_FORMATS, PICTURE_ERRORS
+from ldm.data.decoding import IMAGE_FORMATS, PICTURE_ERRORS, refuse_name
 from ldm.data.shards import LARGEST_MEMBER, TORN, refuse_executable, refuse_open_end, regular_files, torn
 from ldm.data.tally import BadSample, Fault, Tally
 from ldm.errors import DataError
@@ -85,8 +85,7 @@ def open_table(
     """
     tally = Tally(tolerated, window=None)
     parts = [_indexed(path, tuple(kinds), folder, measure, tally, keep) for path in paths]
-    rows = np.concatenate(parts)
-    if not len(rows):
+    if not any(len(part) for part in parts):
         why = tally.reasons() or "they are empty"
         raise DataError(f"{paths[0].parent}: 0 samples in {len(paths)} shards ({why}); prepare the data again")
     tally.end()
@@ -95,9 +94,9 @@ def open_table(
         sizes=tuple(path.stat().st_size for path in paths),
         kinds=tuple(kinds),
         shard=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts]),
-        keys=rows["key"].copy(),
-        spans=rows["spans"].copy(),
-        dimensions=rows["dimensions"].copy() if measure else np.empty((0, 2), np.int32),
+        keys=np.concatenate([part["key"] for part in parts]),
+        spans=np.concatenate([part["spans"] for part in parts]),
+        dimensions=np.concatenate([part["dimensions"] for part in parts]) if measure else np.empty((0, 2), np.int32),
     )
 
 
@@ -161,6 +160,9 @@ def scan(path: Path, kinds: tuple[str, ...], measure: Measure | None = None) -> 
     try:
         for key, ending, span in _members(path, faults):
             refuse_executable([ending], str(path))
+            if key not in found and (fault := _fault_of_name(path, key)):
+                bad.add(key)
+                faults.append(fault)
             if key in found and key != last and key not in bad:
                 bad.add(key)
                 faults.append(_fault(path, key, "files apart", "its files have others between them"))
@@ -185,6 +187,14 @@ def scan(path: Path, kinds: tuple[str, ...], measure: Measure | None = None) -> 
             row["spans"] = [files.get(kind, ABSENT) for kind in kinds]
             row["dimensions"] = _dimensions(file.fileno(), files, measure) if measure else (0, 0)
     return rows, faults
+
+
+def _fault_of_name(path: Path, key: str) -> Fault | None:
+    try:
+        refuse_name(key, f"{path}: sample {key!r}")
+    except BadSample as error:
+        return error.fault
+    return None
 
 
 def _fault(path: Path, key: str, reason: str, words: str) -> Fault:

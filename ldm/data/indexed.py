@@ -38,8 +38,9 @@ class IndexedShards:
     """Captioned pictures of local shards, as batches that (seed, step) alone decides.
 
     All random choices for a sample are keyed by (seed, step, its place in the global batch). In place of a bad sample
-    comes the next good one of its bucket; it is named, and counted in `tally`. Memory: about 110 bytes a sample, shared
-    by forked workers. Files: at most 64 open shards a process.
+    comes the next good one of its bucket; it is named, and counted in `tally`. Memory, with keys of 9 characters: 117
+    bytes a sample, 125 with buckets, shared by forked workers, and while it is opened twice that. Files: at most 64
+    open shards a process.
     """
 
     def __init__(self, config: PicturesConfig) -> None:

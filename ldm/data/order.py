@@ -102,7 +102,10 @@ class Plan:
         self._labels: tuple[int, NDArray[np.int64]] | None = None
 
     def epoch(self, step: int) -> int:
-        """The epoch that batch `step` begins in."""
+        """The epoch that batch `step` counts for: the last one before which at most `step` batches were given.
+
+        A batch that opens with the rest of an epoch counts for the next one.
+        """
         epoch = step * self.batch_size // self.n
         while self._batches_before(epoch + 1) <= step:
             epoch += 1

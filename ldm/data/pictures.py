@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.data.buckets import Size
 from ldm.data.captions import all_captions, choose_caption
-from ldm.data.decoding import decode
+from ldm.data.decoding import decode, refuse_name
 from ldm.data.grounds import choose_ground, colour_of, find_ground, on_ground, said
 from ldm.data.order import Chance
 from ldm.data.settings import PicturesConfig
@@ -55,6 +55,7 @@ def read_picture_sample(
     files: Mapping[str, bytes], key: str, where: str, config: PicturesConfig, size: Size, chance: Chance
 ) -> Picture:
     """The sample at `size`, with the caption of this step; random choices follow from `chance`. Raises BadSample."""
+    refuse_name(key, where)
     sample = decode(files, where)
     caption = choose_caption(sample.caption, sample.facts, config.captions, chance, where)
     picture = cropped(sample.image, config.pictures, size, chance)

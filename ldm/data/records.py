@@ -65,15 +65,27 @@ def from_folder(folder: Path) -> Records:
 
 def from_csv(path: Path, picture: str = "", caption: str = "") -> Records:
     """Rows of a CSV file whose first line names the columns; pictures are files, relative to the table's folder."""
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from _from_rows(_csv_rows(csv.DictReader(file, strict=True), path), path, picture, caption)
-    except csv.Error as error:
-        raise DataError(f"{path}: no CSV ({error}); export the table again") from None
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            _ = reader.fieldnames  # read here: behind a line that is no CSV the next one would be taken for them
+        except csv.Error as error:
+            raise DataError(f"{path}: no names of columns ({error}); export the table again") from None
+        yield from _from_rows(_csv_rows(reader, path), path, picture, caption)
 
 
 def _csv_rows(reader: "csv.DictReader[str]", path: Path) -> Iterator[Row]:
-    for row in reader:
+    """The rows; behind one that is no CSV reading goes on at the next line."""
+    while True:
+        first = reader.reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            last = reader.reader.line_num
+            yield Reject(f"{path.name}:{last}", "bad row", f"no CSV in lines {first} to {last} ({error})")
+            continue
+        if row is None:
+            return
         if None in row or None in row.values():
             yield Reject(f"{path.name}:{reader.line_num}", "bad row", "more or fewer values than columns")
         else:

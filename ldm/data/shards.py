@@ -21,7 +21,8 @@ import webdataset.utils
 from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from ldm.data.decoding import DECODED, Sample, decode
+from ldm.data.captions import all_captions, without_words
+from ldm.data.decoding import DECODED, Sample, decode, refuse_name
 from ldm.data.tally import BadSample, Fault, Tally
 from ldm.errors import DataError, SettingError
 from ldm.files import appearing
@@ -133,7 +134,15 @@ def _named(source: str | Path) -> list[Path]:
         raise DataError(f"{text}: a remote address, expected local .tar files; read it in mode streaming, or copy it")
     if Path(source).is_dir():
         return list(Path(source).glob("*.tar"))
-    return [path for pattern in braceexpand(text) for path in _glob(Path(pattern))]
+    return [path for pattern in expanded(text) for path in _glob(Path(pattern))]
+
+
+def expanded(pattern: str) -> list[str]:
+    """The paths or addresses that one with braces stands for."""
+    try:
+        return list(braceexpand(pattern))
+    except ValueError:  # its UnbalancedBracesError, which its type stubs do not have
+        raise SettingError(f"{pattern}: got unbalanced braces, expected {{first..last}}; close them") from None
 
 
 def _glob(pattern: Path) -> list[Path]:
@@ -176,7 +185,7 @@ def _epoch(paths: list[Path], seed: str, shuffle: bool, part: tuple[int, int]) -
         encoded = webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)(encoded)
     for sample in encoded:
         try:
-            decoded = decode(sample, where(sample))
+            decoded = decode_named(sample)
         except BadSample as error:
             tally.add(1, [error.fault])
         else:
@@ -191,11 +200,16 @@ def _encoded_samples(paths: Iterable[Path], tally: Tally) -> Iterator[EncodedSam
             yield from shard_samples(file, str(path), lambda fault: tally.add(1, [fault]))
 
 
-def read_shard(path: Path, tally: Tally) -> Iterator[tuple[str, Sample]]:
-    """Key and content of every good sample of one shard, in order; the others are counted. DataError for a torn one."""
+def read_shard(path: Path, tally: Tally, need_words: bool = False) -> Iterator[tuple[str, Sample]]:
+    """Key and content of every good sample of one shard, in order; the others are counted. DataError for a torn one.
+
+    With `need_words` samples without a caption are bad.
+    """
     for encoded in _encoded_samples([path], tally):
         try:
-            decoded = decode(encoded, where(encoded))
+            decoded = decode_named(encoded)
+            if need_words and not all_captions(decoded.caption, decoded.facts):
+                raise without_words(where(encoded))
         except BadSample as error:
             tally.add(1, [error.fault])
         else:
@@ -210,13 +224,19 @@ def check_shard(path: Path) -> tuple[int, list[str]]:
         with path.open("rb") as file:
             for encoded in shard_samples(file, str(path), lambda fault: faults.append(str(fault))):
                 try:
-                    decode(encoded, where(encoded))
+                    decode_named(encoded)
                     good += 1
                 except DataError as error:
                     faults.append(str(error))
     except DataError as error:
         faults.append(str(error))
     return good, faults
+
+
+def decode_named(sample: EncodedSample) -> Sample:
+    """The sample, whose name is text. Raises BadSample."""
+    refuse_name(sample["__key__"], where(sample))
+    return decode(sample, where(sample))
 
 
 def where(sample: EncodedSample) -> str:

@@ -17,7 +17,6 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import webdataset
-from braceexpand import braceexpand
 
 from ldm.data.buckets import assign, bucket_sizes
 from ldm.data.index import picture_dimensions
@@ -25,7 +24,7 @@ from ldm.data.loading import Streams, loaded
 from ldm.data.order import Chance, Permutation
 from ldm.data.pictures import Picture, PictureBatch, batch_of, read_picture_sample
 from ldm.data.settings import PicturesConfig
-from ldm.data.shards import TORN, EncodedSample, TornShard, find_shards, shard_samples, where
+from ldm.data.shards import TORN, EncodedSample, TornShard, expanded, find_shards, shard_samples, where
 from ldm.data.tally import BadSample, Fault, Tally
 from ldm.errors import DataError, SettingError
 
@@ -53,7 +52,7 @@ class StreamedShards:
         self.config = config
         self.shards = stream_addresses(config.shards)
         self.sizes = bucket_sizes(config.pictures.side, config.buckets)
-        self.tally = Tally(config.max_bad_fraction, window=None)
+        self.tally = Tally(config.max_bad_fraction, window=None, quiet=True)  # the readers name what is bad
 
     def batches(self, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[PictureBatch]:
         """This rank's part of global batches from step `start` on, without end.
@@ -169,7 +168,7 @@ def stream_addresses(source: str | tuple[str, ...]) -> list[str]:
     """
     sources = [source] if isinstance(source, str) else list(source)
     local = [one for one in sources if "://" not in one]
-    remote = [address for one in sources if "://" in one for address in braceexpand(one)]
+    remote = [address for one in sources if "://" in one for address in expanded(one)]
     for address in remote:
         kind = address.partition("://")[0]
         if kind not in REMOTE:

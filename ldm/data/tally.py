@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ldm.errors import DataError
@@ -37,12 +37,13 @@ class BadSample(DataError):
 class Tally:
     """Counts samples as they pass. DataError once more than a share `tolerated` of the last `window` were bad.
 
-    Without a window only `end` judges.
+    Without a window only `end` judges. A `quiet` one names nothing: another one has named the same faults.
     """
 
-    def __init__(self, tolerated: float = TOLERATED, window: int | None = WINDOW) -> None:
+    def __init__(self, tolerated: float = TOLERATED, window: int | None = WINDOW, quiet: bool = False) -> None:
         self.tolerated = tolerated
         self.window = window
+        self.quiet = quiet
         self.seen = 0
         self.counts: Counter[str] = Counter()
         self._recent: deque[int] = deque(maxlen=window or 0)
@@ -59,10 +60,15 @@ class Tally:
         self._recent.extend([0] * max(0, seen - len(faults)) + [1] * len(faults))
         for fault in faults:
             self.counts[fault.reason] += 1
-            if self.bad <= NAMED or self.bad % 1000 == 0:
+            if not self.quiet and (self.bad <= NAMED or self.bad % 1000 == 0):
                 log.warning("%s%s", fault, "" if self.bad <= NAMED else f" (bad sample {self.bad})")
         if faults and self.window is not None and sum(self._recent) > self.tolerated * self.window:
             raise self._too_many(f"of {self.window}")
+
+    def again(self, seen: int, counts: Mapping[str, int]) -> None:
+        """Count samples, the bad ones by reason, that an earlier run has judged and named."""
+        self.seen += seen
+        self.counts.update(counts)
 
     def shard(self, name: str, torn: bool) -> None:
         """Count a shard. DataError for the third torn one in a row."""

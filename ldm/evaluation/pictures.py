@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from ldm.data.decoding import IMAGE_FORMATS, read_caption, read_picture
 from ldm.data.shards import find_shards, read_shard
-from ldm.data.tally import Tally
+from ldm.data.tally import BadSample, Tally
 from ldm.data.transforms import fit
 from ldm.errors import DataError
 from ldm.evaluation.figures import Array
@@ -85,19 +86,33 @@ def _read(path: Path, caption: str) -> Captioned:
     known = _format(path)
     if known is None or not path.is_file():
         raise DataError(f"{path}: no such picture; expected one of {', '.join(IMAGE_FORMATS)}, correct the list")
-    return Captioned(path.stem, read_picture(path, str(path), [known]), caption)
+    with _nothing_is_left_out():
+        return Captioned(path.stem, read_picture(path, str(path), [known]), caption)
 
 
 def _caption_beside(path: Path) -> str:
     text = path.with_suffix(".txt")
-    return read_caption(text.read_bytes(), str(text)) if text.is_file() else ""
+    with _nothing_is_left_out():
+        return read_caption(text.read_bytes(), str(text)) if text.is_file() else ""
+
+
+@contextmanager
+def _nothing_is_left_out() -> Iterator[None]:
+    """Turns a sample that is bad into the error that ends the evaluation."""
+    try:
+        yield
+    except BadSample as error:
+        raise DataError(f"{error.fault.where}: {error.fault.words}; replace or remove it") from error
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """The objects of a .json list or of a .jsonl file. Raises DataError for anything else."""
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+        if path.suffix == ".json":
+            found = json.loads(text)
+        else:
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]  # captions may have U+2028 in them
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; name a list that is there") from None
     except (ValueError, RecursionError) as error:

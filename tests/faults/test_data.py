@@ -13,6 +13,7 @@ import pytest
 from conftest import start
 from PIL import Image
 
+from ldm.data import index as index_module
 from ldm.data import shards as shards_module
 from ldm.data.captions import CaptionConfig
 from ldm.data.index import open_table, scan
@@ -155,9 +156,14 @@ def test_half_samples_are_counted_and_never_used(
     keys = [key for batch in batches for key in batch.keys]
     if not (form == "twice" and mode == "streaming"):  # where the first one is taken
         assert "x" not in keys
-    assert sum(source.tally.counts.values()) or "sample 'x'" in caplog.text
+    # What the headers show is found when the index is made, and named then; the rest when the sample is read.
     _, faults = scan(tmp_path / "a.tar", ("png", "txt"))
-    assert not faults or faults[0].reason == reason
+    of_headers = form in ("apart", "twice")
+    assert [fault.reason for fault in faults] == [reason] * of_headers
+    if of_headers and mode == "indexed":
+        assert str(faults[0]) in caplog.text and not source.tally.counts
+    else:
+        assert reason in source.tally.counts and "left out" in caplog.text
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -199,6 +205,49 @@ def test_large_files_are_left_out_unread(tmp_path: Path, monkeypatch: pytest.Mon
     with path.open("rb") as file:
         keys = [found["__key__"] for found in shards_module.shard_samples(file, "a", faults.append) if "png" in found]
     assert len(keys) == GOOD and [fault.reason for fault in faults] == ["file too large"]
+    monkeypatch.setattr(index_module, "LARGEST_MEMBER", 10_000)
+    rows, faults = scan(path, ("png", "txt"))
+    assert len(rows) == GOOD and [fault.reason for fault in faults] == ["file too large"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_names_that_are_no_text_are_counted(tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    """GNU tar keeps the bytes of names: here those of a file system in Latin-1."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as made:
+        for name, data in [*good(), *sample("caf\xe9")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            made.addfile(member, io.BytesIO(data))
+    keys, counts = read(tmp_path, mode)
+    assert keys == {f"{number:03d}" for number in range(GOOD)}
+    assert set(counts) == ({"name not UTF-8"} if mode == "streaming" else set())  # the index has said it before
+    assert "sample 'caf\\udce9': got a name that is not UTF-8" in caplog.text
+    count, faults = check_shard(path)
+    assert count == GOOD and len(faults) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_streamed_fault_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int) -> None:
+    tar(tmp_path / "a.tar", [*sample("bad", b"torn"), *good()])
+    source = open_pictures(config(tmp_path, "streaming"))
+    next(source.batches(workers=workers))
+    lines = [record for record in caplog.records if "sample 'bad'" in record.getMessage()]
+    assert len(lines) == (1 if workers == 0 else 0)  # a worker's lines are in its own process
+    assert source.tally.counts == {"torn picture": 1}
+
+
+@pytest.mark.parametrize(
+    ("mode", "pattern"),
+    [
+        ("indexed", "/data/set-{00..3.tar"),
+        ("streaming", "/data/set-{00..3.tar"),
+        ("streaming", "https://host/set-{00..3.tar"),
+    ],
+)
+def test_open_braces_are_said(mode: str, pattern: str) -> None:
+    with pytest.raises(SettingError, match=r"set-\{00\.\.3\.tar: got unbalanced braces, .*; close them"):
+        read(pattern, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
