@@ -34,6 +34,7 @@ from ldm.models.autoencoder import Autoencoder, KLAutoencoder
 from ldm.models.model_config import ModelConfig, build
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
+from ldm.nn.packing import Conv2d
 
 
 def read_config(path: Path, prediction: Prediction | None = None) -> ModelConfig:
@@ -117,6 +118,10 @@ class Bundle:
         On CUDA their kernels are chosen by trial and run as one graph.
         """
         how = {"mode": "max-autotune"} if self.device.type == "cuda" else {}
+        for module in self.unet.modules():
+            if isinstance(module, Conv2d):
+                module.unpack()
+                module.packs = False
         self.unet.compile(**how)
         if isinstance(self.autoencoder, KLAutoencoder):
             self.autoencoder.decoder.compile(**how)

@@ -1,8 +1,10 @@
 """Attention has its closed form, and a foreign kernel is used only where it agrees, forward and backward."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.nn.attention import Attention, agrees, attention
 
@@ -30,6 +32,16 @@ def test_a_right_kernel_agrees() -> None:
     assert agrees(by_hand, CPU, torch.float32)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert agrees(by_hand, CPU, torch.float32), "the test of a kernel does not depend on who asks"
+
+
+def test_compiled_code_does_not_look_for_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("ldm.nn.attention.xformers_kernel", lambda: asked.append(True))
+    with FakeTensorMode():
+        states = torch.empty(1, 2, 4, 8, device="cuda", dtype=torch.float16)
+        assert attention(states, states, states).shape == states.shape and asked == [True]
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert attention(states, states, states).shape == states.shape and asked == [True]
 
 
 def test_kernels_with_a_wrong_result_a_wrong_gradient_or_an_error_do_not() -> None:

@@ -70,6 +70,41 @@ def test_an_enlarged_picture_is_convolved_with_packed_sums(
     assert torch.allclose(found, known, atol=0.03 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("how", [torch.inference_mode, torch.no_grad])
+def test_what_has_drawn_can_be_trained(how: type) -> None:
+    conv, x = made(32, 48, 3), state(1, 32, 8, 8)
+    weight = conv.weight.clone()
+    with how():
+        conv(x)
+    assert conv._packed is not None
+    network = nn.Sequential(conv).train().requires_grad_(True)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    network(x).sum().backward()
+    optimizer.step()
+    assert not conv.weight.is_meta and difference(conv.weight, weight) > 0.1
+
+
+def test_weights_that_are_asked_to_learn_while_they_are_packed_do() -> None:
+    conv, x = made(32, 48, 3), state(1, 32, 8, 8)
+    with torch.inference_mode():
+        conv(x)
+    conv.requires_grad_(True)
+    assert conv(x).requires_grad and conv.weight.requires_grad and not conv.weight.is_meta
+
+
+def test_other_work_on_weights_begins_with_unpacking() -> None:
+    network, x = nn.Sequential(made(32, 48, 3)), state(1, 32, 8, 8)
+    with torch.inference_mode():
+        network(x)
+        packing.unpack(network)
+        network[0].weight.zero_()
+        assert network(x).abs().max() == network[0].bias.abs().max()
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).detach().abs().max())
+
+
 def test_weights_come_back_as_they_were() -> None:
     conv, x = made(32, 48, 3), state(1, 32, 8, 8)
     weight = conv.weight.clone()

@@ -34,4 +34,4 @@ class ReusingUNet:
         return self.unet.said(last.finest(kept, time, context, [start, fine]))
 
     def _keep(self, coarse: Tensor) -> None:
-        self._coarse = coarse
+        self._coarse = coarse.clone()  # the next answer of a compiled network may lie where this one does

@@ -27,10 +27,12 @@ def attention(
 ) -> Float[Tensor, "b heads n d"]:
     """softmax(q kᵀ / √d) v per head (Vaswani et al. 2017, Equation 1).
 
-    PyTorch's kernels; on CUDA in half precision those of xformers, where it is installed and passes its test; on CPUs
-    in bf16 plain products where those are faster: in training of few keys, otherwise of many, in blocks.
+    PyTorch's kernels, of which it compiles; on CUDA in half precision those of xformers, where it is installed and
+    passes its test; on CPUs in bf16 plain products where those are faster: in training of few keys, otherwise of many,
+    in blocks.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    # The compiler would follow the search for xformers, and break there.
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not torch.compiler.is_compiling():
         kernel = xformers_kernel()
         if kernel is not None:
             return kernel(query, key, value)
@@ -39,6 +41,12 @@ def attention(
     if query.dtype == torch.bfloat16 and learns_on_cpu(query) and key.shape[2] <= FEW_KEYS:
         return attention_as_products(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
+
+
+def backend(device: torch.device, dtype: torch.dtype) -> str:
+    """Whose attention is used on a GPU, in words."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return "xformers" if device.type == "cuda" and half and xformers_kernel() is not None else "PyTorch"
 
 
 @cache

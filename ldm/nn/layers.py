@@ -96,7 +96,8 @@ class ResBlock(nn.Module):
         out: Float[Tensor, "k out h w"] | None = None,
     ) -> Float[Tensor, "k out h w"]:
         """The block. The result may lie in `out`, or elsewhere."""
-        banded = self.sparing or (cpu.draws_on_cpu(x) and cpu.large(x.shape))
+        # Compiled, every band would be code of its own.
+        banded = self.sparing or (cpu.draws_on_cpu(x) and cpu.large(x.shape) and not torch.compiler.is_compiling())
         if time is None and banded and not torch.is_grad_enabled():
             return self._in_bands(x, out)
         hidden = self.conv1(silu(self.norm1(x)))

@@ -22,8 +22,14 @@ FEW_PIXELS = 64 * 64
 
 
 class Conv2d(nn.Conv2d):
-    """PyTorch's. Where only the picture counts its weights are packed; who asks for them gets them as they were."""
+    """PyTorch's. Where only the picture counts its weights are packed, and an empty tensor stands in their place.
 
+    Whoever copies, moves, saves or loads the network, or calls `train`, gets them as they were; before other work on
+    weights, call `unpack`.
+    """
+
+    # Whether it may pack at all: not where a compiler has followed this network, which would follow it anew.
+    packs = True
     _packed: Tensor | None = None
     _folded: list[Tensor] | None = None
 
@@ -75,7 +81,7 @@ class Conv2d(nn.Conv2d):
             return
         with torch.inference_mode(False):
             weight = self._packed.to_dense().contiguous(memory_format=torch.channels_last)
-            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self._packed = None
 
     def _fits(self, x: Tensor) -> bool:
@@ -85,7 +91,7 @@ class Conv2d(nn.Conv2d):
 
     def _pays(self, x: Tensor) -> bool:
         many = self.weight.numel() >= MANY_WEIGHTS and x.shape[2] * x.shape[3] <= FEW_PIXELS
-        return many and self.groups == 1 and self.dilation == (1, 1) and self._fits(x)
+        return many and self.packs and self.groups == 1 and self.dilation == (1, 1) and self._fits(x)
 
     @property
     def _padding(self) -> tuple[int, ...]:
@@ -95,7 +101,8 @@ class Conv2d(nn.Conv2d):
     def _pack(self, x: Tensor) -> Tensor:
         """Pack the weights for inputs like `x`; what stays in their place has a size and no numbers."""
         self._packed = pack(self.weight, x, self._padding, self.stride)
-        self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
+        with torch.inference_mode(False):
+            self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
         return self._packed
 
     def _folds(self, x: Tensor) -> list[Tensor]:
@@ -111,6 +118,12 @@ class Conv2d(nn.Conv2d):
         self.unpack()
         return dict(self.__dict__)
 
+    def train(self, mode: bool = True) -> "Conv2d":
+        """As PyTorch's; what trains has its weights."""
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Conv2d":
         self.unpack()
         return super()._apply(fn, recurse)
@@ -122,6 +135,13 @@ class Conv2d(nn.Conv2d):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unpack()
         super()._load_from_state_dict(*args)
+
+
+def unpack(network: nn.Module) -> None:
+    """Have all weights of a network as PyTorch has them."""
+    for module in network.modules():
+        if isinstance(module, Conv2d):
+            module.unpack()
 
 
 def pack(weight: Tensor, x: Tensor, padding: Sequence[int], stride: Sequence[int]) -> Tensor:
