@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ldm.bundle import Bundle
 from ldm.diffusion.conventions import route, sampler_of
 from ldm.diffusion.denoiser import Denoise, Denoiser, Network, one_by_one
-from ldm.diffusion.guidance import guided
+from ldm.diffusion.guidance import guided, prompted
 from ldm.diffusion.noise import NOISE_SOURCES
 from ldm.diffusion.route import Route, listed, walk
 from ldm.diffusion.samplers import SAMPLERS, Step
@@ -54,6 +54,7 @@ class TextToImage:
         self.bundle = bundle
         self.device = bundle.device if device is None else torch.device(device)
         self._states: dict[str, Tensor] = {}
+        self._asked: tuple[tuple[str, ...], Tensor] | None = None
 
     def ready(self, request: GenerationRequest) -> GenerationRequest:
         """`request` with the model's settings where it has none, and a seed. Raises SettingError if it does not fit."""
@@ -156,6 +157,8 @@ class TextToImage:
     def _guided(self, denoiser: Denoiser, positive: Float[Tensor, "b l d"], request: GenerationRequest) -> Denoise:
         """The clean estimate of images with these prompts, and the guidance that is asked for."""
         assert request.guidance_scale is not None
+        if request.guidance_scale == 1.0:
+            return prompted(denoiser, positive)
         return guided(
             denoiser,
             positive,
@@ -168,10 +171,16 @@ class TextToImage:
         )
 
     def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "b l d"]:
-        """The states of every prompt; a prompt that comes again is encoded once."""
-        different = list(dict.fromkeys(prompts))
+        """The states of every prompt; a prompt that comes again, also in the next batch, is encoded once."""
+        different = tuple(dict.fromkeys(prompts))
+        if self._asked is None or self._asked[0] != different:
+            self._asked = different, self._read(different)
+        return self._asked[1][[different.index(prompt) for prompt in prompts]]
+
+    def _read(self, texts: Sequence[str]) -> Float[Tensor, "b l d"]:
+        """The states of texts."""
         with self._lent(self.bundle.text):
-            return self.bundle.text.encode(different).tokens[[different.index(prompt) for prompt in prompts]]
+            return self.bundle.text.encode(texts).tokens
 
     @contextmanager
     def _lent(self, network: object) -> Iterator[None]:
@@ -191,7 +200,7 @@ class TextToImage:
         """The states of the negative or the empty prompt, kept for the next batch: they seldom change."""
         if text not in self._states:
             self._states = {known: self._states[known] for known in self._states if known == ""}
-            self._states[text] = self._encode([text])
+            self._states[text] = self._read([text])
         return repeat(self._states[text], "1 l d -> b l d", b=count)
 
 

@@ -114,6 +114,26 @@ def test_guidance_interval_and_perp_neg_cost_what_they_need(tiny_bundle: Bundle)
         assert counting.sizes == sizes
 
 
+def test_texts_are_read_once(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, ...]] = []
+    encode = type(tiny_bundle.text).encode
+    monkeypatch.setattr(
+        type(tiny_bundle.text), "encode", lambda self, texts: read.append(tuple(texts)) or encode(self, texts)
+    )
+    drawing = TextToImage(tiny_bundle)
+    asked: dict[str, object] = {"prompt": "a", "num_images": 3, "steps": 1}
+    for settings, wanted in (
+        ({"batch_size": 1}, [("a",), ("",)]),
+        ({"batch_size": 3, "batch_exact": True}, []),
+        ({"negative_prompt": "b"}, [("b",)]),
+        ({"negative_prompt": "c", "guidance_scale": 1}, []),
+        ({"prompt": "d", "negative_prompt": "b"}, [("d",)]),
+    ):
+        read.clear()
+        assert len(list(drawing(GenerationRequest(**{**asked, **settings})))) == 3
+        assert sorted(read) == sorted(wanted), settings
+
+
 def test_sampling_never_waits_for_a_number_of_the_device(tiny_bundle: Bundle) -> None:
     """On a GPU a number that Python asks for stops the stream of work; here the operation that brings it is counted."""
 

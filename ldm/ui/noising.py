@@ -1,8 +1,8 @@
 """What diffusion does to a picture, to be looked at: noise added at a timestep, and the steps that took it away."""
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image, ImageOps
@@ -38,14 +38,20 @@ def open_picture(path: Path, width: int, height: int, channels: int) -> Image.Im
     return ImageOps.fit(flat.convert("L" if channels == 1 else "RGB"), (width, height))
 
 
-@functools.lru_cache(maxsize=2)
+# The last picture of each engine that is still there: which one, as the model reads it, and its latent.
+_kept: WeakKeyDictionary[TextToImage, tuple[Path, int, torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
+
+
 def _latent(engine: TextToImage, path: Path, written: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The picture as the model reads it, and its latent; kept while somebody moves the slider."""
+    if (known := _kept.get(engine)) is not None and known[:2] == (path, written):
+        return known[2:]
     sampling, autoencoder = engine.bundle.config.sampling, engine.bundle.autoencoder
     picture = open_picture(path, sampling.width, sampling.height, autoencoder.image_channels)
     weight = next(iter(engine.bundle.unet.parameters()))
     image = to_tensor(picture)[None].to(weight.device, weight.dtype)
-    return image, autoencoder.encode(image).mean
+    _kept[engine] = path, written, image, autoencoder.encode(image).mean
+    return _kept[engine][2:]
 
 
 @torch.inference_mode()

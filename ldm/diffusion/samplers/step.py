@@ -100,12 +100,17 @@ def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float,
 
 def fresh(noise: Noise | None, step: int, purpose: str, like: "Tensor") -> "Tensor":
     """Noise for this step on the device and in the dtype of `like`."""
-    return _given(noise)(step, purpose).to(like)
+    return moved(_given(noise)(step, purpose), like)
 
 
 def increment(noise: Noise | None, sigma: float, sigma_next: float, like: "Tensor") -> "Tensor":
     """Brownian noise for this interval on the device and in the dtype of `like`."""
-    return _given(noise).between(sigma, sigma_next).to(like)
+    return moved(_given(noise).between(sigma, sigma_next), like)
+
+
+def moved(noise: "Tensor", like: "Tensor") -> "Tensor":
+    """Noise on the device and in the dtype of `like`; a GPU is not waited for."""
+    return (noise.pin_memory() if like.is_cuda else noise).to(like, non_blocking=True)
 
 
 def _given(noise: Noise | None) -> Noise:
