@@ -1,6 +1,7 @@
 """The device to compute on and the number format to compute in, from the words of a user; threads and freed memory."""
 
 import os
+import platform
 import re
 import sys
 from functools import cache
@@ -11,6 +12,7 @@ from ldm.cli import nearest
 from ldm.errors import MachineError, SettingError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
@@ -36,15 +38,29 @@ def keep_freed_memory(largest: int = 2**30, most: int = 2**30) -> None:
     keeps no block of more than 32 MB; `largest`, in bytes, is more. Of what is free at the heap's end it keeps `most`.
     And all threads share one heap, so that what one has freed is there for the others.
     """
-    import ctypes
-
     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h
     threshold_of_trim, threshold_of_mmap, most_heaps = -1, -3, -8
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option is not None:
-        set_option(threshold_of_mmap, largest)
+    set_option = of_c_library("mallopt")
+    if set_option is None:
+        return
+    # Older versions refuse more than 32 MB. Where none is taken, glibc's own rule, which learns, is the better one.
+    if any(set_option(threshold_of_mmap, size) for size in (largest, min(largest, 2**25))):
         set_option(threshold_of_trim, most)
-        set_option(most_heaps, 1)
+    set_option(most_heaps, 1)
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library give all memory that is free back to the system, where it is glibc."""
+    trim = of_c_library("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def of_c_library(name: str) -> "Callable[..., int] | None":
+    """A function of the C library, if it has one of that name; asked for on Linux only."""
+    import ctypes
+
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 @cache
@@ -108,10 +124,20 @@ def find_dtype(name: str, device: "torch.device") -> "tuple[torch.dtype, str]":
     import torch
 
     if name == "auto":
-        if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        if device.type == "cpu" and computes_in_bf16():
             return torch.bfloat16, ""
         return (torch.float16 if device.type == "cuda" else torch.float32), ""
     dtype: torch.dtype = getattr(torch, name)
     if dtype == torch.float16 and device.type == "cpu":
         return torch.float32, "dtype: float16 is not for CPUs, computing in float32"
     return dtype, ""
+
+
+def computes_in_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16: AVX512-BF16, AMX, or those of ARM that oneDNN uses."""
+    import torch
+
+    if platform.machine() in ("aarch64", "arm64"):
+        # Of other processors it says whether oneDNN can do without, which is slow.
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

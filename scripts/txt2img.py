@@ -180,7 +180,8 @@ def main() -> None:
     dtype, remark = find_dtype(args.dtype or "auto", device)
     memory = {}
     if args.dry_run or args.offload or args.tiled_vae:
-        memory = memory_plan(requests[0], config, dtype, args.offload, args.tiled_vae or device.type == "cpu")
+        on_cpu = device.type == "cpu"  # where nothing is lent
+        memory = memory_plan(requests[0], config, dtype, args.offload and not on_cpu, args.tiled_vae or on_cpu)
     if args.dry_run:
         for request in requests:
             show_plan(request, config, memory, args.json)
@@ -189,6 +190,10 @@ def main() -> None:
     note(args, remark)
     note(args, ", ".join(f"{what}: {count / 1e9:.2f} GB" for what, count in memory.items()))
     note(args, f"seed: {seed}")
+    if device.type == "cuda":
+        from ldm.nn.attention import backend
+
+        note(args, f"attention: {backend(device, dtype)}")
     loaded = bundle.Bundle.load(str(folder), "cpu" if args.offload else str(device), dtype, args.prediction)
     if args.tiled_vae and isinstance(loaded.autoencoder, KLAutoencoder):
         loaded.autoencoder.spare_memory()

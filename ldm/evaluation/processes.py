@@ -1,5 +1,6 @@
 """Whole processes as a user starts them: what they say, and the most memory that they had."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldm.errors import MachineError
+from ldm.machine import give_back_freed_memory
 
 CLEAR = Path("/proc/self/clear_refs")  # 5 in it: the peak begins anew
 # Linux counts the memory of who starts a process as that process's own until it runs, so a small one starts it.
@@ -41,6 +43,8 @@ def memory_beside(work: Callable[[], object]) -> int:
     """The most bytes that this process had at once while it worked, beside what it has before."""
     if not CLEAR.exists():
         raise MachineError("benchmark: only Linux forgets how much memory a process once had; leave this part out")
+    gc.collect()
+    give_back_freed_memory()  # or the work would find room that counts as there before
     before = status("VmRSS")
     CLEAR.write_text("5")
     work()

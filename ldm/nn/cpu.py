@@ -155,8 +155,11 @@ def statistics(norm: nn.GroupNorm, image: Float[Tensor, "1 c h w"]) -> tuple[Flo
     """Mean and variance of every channel's group, in fp32: those of the channels, and how the means lie apart."""
     if image.is_meta:  # for which there is no such operation; the result is as small
         return image.new_empty(image.shape[1]), image.new_empty(image.shape[1])
-    unused = torch.zeros(image.shape[1], device=image.device)
-    mean, variance = torch.batch_norm_update_stats(image, unused, unused.clone(), 0.0)
+    if image.device.type in ("cpu", "cuda"):
+        unused = torch.zeros(image.shape[1], device=image.device)
+        mean, variance = torch.batch_norm_update_stats(image, unused, unused.clone(), 0.0)
+    else:
+        variance, mean = torch.var_mean(image.float(), dim=(0, 2, 3), correction=0)
     means, variances = (rearrange(found, "(group c) -> group c", group=norm.num_groups) for found in (mean, variance))
     spread = variances.mean(dim=1) + means.var(dim=1, correction=0)
     size = image.shape[1] // norm.num_groups
