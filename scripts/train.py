@@ -159,7 +159,7 @@ def opened(args: "argparse.Namespace", recipe: "Recipe", conduct: "Conduct") -> 
     require(recipe.data)  # says what is wrong with the data before a model is opened
     base = Bundle.load(args.base) if args.base else None
     this = Run(recipe, args.run_dir, base, conduct)
-    check(this, args.stage)
+    check(this, args.stage, reads_latents=args.stage in ("unet", *ADAPTATIONS))
     begin(this)
     return this
 

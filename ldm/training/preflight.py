@@ -12,14 +12,15 @@ from ldm.training.recipe import Recipe
 from ldm.training.run import Run
 from ldm.training.workers import workers
 
-ADAPTATIONS = ("lora", "inversion", "consistency")
 
+def check(this: Run, stage: str, reads_latents: bool) -> None:
+    """Say now what would stop the run later: data that do not fit, samples that cannot be drawn, odd batches.
 
-def check(this: Run, stage: str) -> None:
-    """Say now what would stop the run later: data that do not fit, samples that cannot be drawn, odd batches."""
+    `reads_latents`: cached ones that the recipe names must be there, since this stage is the first to run.
+    """
     recipe, model = this.recipe, this.model
     check_parts(this, stage)
-    check_data(recipe, model.factor, latents=stage in ("unet", *ADAPTATIONS))
+    check_data(recipe, model.factor, reads_latents)
     resolve(GenerationRequest(prompt="any"), model)
     adaptations = (recipe.lora_training, recipe.inversion_training, recipe.consistency_training)
     towers = (recipe.clip_training, recipe.thumbnail_training, recipe.evaluator_training)
