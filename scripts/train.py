@@ -96,7 +96,7 @@ def conducted(args: "argparse.Namespace", recipe: "Recipe") -> int:
         with together(me):
             this = opened(args, recipe, Conduct(stop, args.allow_world_size_change))
         watching = trackers(args.report_to, recipe.name, args.run_dir) if me.main else []
-        record = Record(args.run_dir, me, watching)
+        record = Record(args.run_dir, me, watching, this.bad_samples)
         try:
             with together(me):
                 stages(this, args.stage, record)

@@ -246,6 +246,33 @@ def test_pictures_are_encoded_in_parts_of_the_size_that_is_computed_at_once(
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.parametrize("how", ["data.mode=indexed", "data.mode=streaming", "data.resident=true"])
+def test_samples_that_are_left_out_are_in_the_status_by_reason(
+    train: Script, flags: tuple[str, ...], shards: Path, tmp_path: Path, how: str
+) -> None:
+    samples = list(photos())
+    samples[5]["png"] = b"no picture at all"
+    samples[17]["txt"] = ""
+    write_shards(iter(samples), shards, 6, "photos")
+    ended = train(*flags, how, "data.max_bad_fraction=0.5", "unet_training.0.steps=7", "--run-dir", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert status["state"] == "finished" and len(status["bad_samples"]) == 2
+    assert all(count >= 1 for count in status["bad_samples"].values())
+    assert logged[-1]["bad_samples"] == status["bad_samples"]
+
+
+def test_settings_that_cached_latents_do_not_heed_are_said(
+    train: Script, flags: tuple[str, ...], latents: Callable[..., str], tmp_path: Path
+) -> None:
+    idle = ("data.mirror=0.5", "data.captions.templates=['a {caption}']")
+    ended = train(*flags, latents(), *idle, "--run-dir", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    assert "data.mirror, data.captions.templates: no effect where cached latents are read" in ended.err
+    assert "no effect" not in train(*flags, *idle, "--run-dir", tmp_path / "other").err
+
+
 def test_an_autoencoder_learns_from_pictures_of_all_shapes(
     train: Script, flags: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ class ResidentShards:
             raise SettingError("resident: needs mode indexed, crop centre and no buckets; leave resident out")
         self.config, self.device = config, device
         self._shards = IndexedShards(config)
+        self.tally = self._shards.tally
         self._memory = self._read(workers)
 
     def __len__(self) -> int:
@@ -80,7 +81,7 @@ class ResidentShards:
             memory.images[rows] = chunk.images.to(self.device)
             memory.grounds[rows] = chunk.grounds.to(self.device)
             memory.words.extend(chunk.words)
-            self._shards.tally.add(len(chunk.words) + len(faults), faults)
+            self.tally.add(len(chunk.words) + len(faults), faults)
         return memory
 
     def batches(self, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[PictureBatch]:

@@ -1,5 +1,6 @@
 """What would stop a run hours later is said before it begins."""
 
+from ldm.cli import warn
 from ldm.data.shards import find_shards
 from ldm.errors import SettingError
 from ldm.models.autoencoder import AutoencoderConfig
@@ -21,6 +22,8 @@ def check(this: Run, stage: str, reads_latents: bool) -> None:
     recipe, model = this.recipe, this.model
     check_parts(this, stage)
     check_data(recipe, model.factor, reads_latents)
+    if workers().main:
+        warn_of_idle_settings(recipe)
     resolve(GenerationRequest(prompt="any"), model)
     adaptations = (recipe.lora_training, recipe.inversion_training, recipe.consistency_training)
     towers = (recipe.clip_training, recipe.thumbnail_training, recipe.evaluator_training)
@@ -73,6 +76,24 @@ def check_parts(this: Run, stage: str) -> None:
                 f"{stage}: there is no {name} in {this.folder}; run the stages before this one, or give a --base "
                 "that has one"
             )
+
+
+def warn_of_idle_settings(recipe: Recipe) -> None:
+    """Say which settings of the data do nothing in stages that read cached latents: those are as they were cached."""
+    of_stages = (*recipe.unet_training, recipe.lora_training, recipe.inversion_training, recipe.consistency_training)
+    cached = sorted({stage.latents for stage in of_stages if stage is not None and stage.latents is not None})
+    data, captions = recipe.data, recipe.data.captions
+    said = {
+        "crop": data.crop != "centre",
+        "mirror": data.mirror > 0,
+        "grounds": data.grounds > 0,
+        "mix": data.mix is not None,
+        "captions.dropout": captions.dropout > 0,
+        "captions.templates": bool(captions.templates),
+    }
+    idle = [f"data.{name}" for name in said if said[name]]
+    if cached and idle:
+        warn(f"{', '.join(idle)}: no effect where cached latents are read ({', '.join(cached)})")
 
 
 def check_data(recipe: Recipe, factor: int, latents: bool) -> None:

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,12 +40,22 @@ def trackers(chosen: Reporter | None, name: str, folder: Path) -> list[GeneralTr
 
 
 class Record:
-    """The log of a run, kept by its main process; a log that cannot be written is no reason to end."""
+    """The log of a run, kept by its main process; a log that cannot be written is no reason to end.
 
-    def __init__(self, folder: Path, me: Workers, watching: Sequence[GeneralTracker] = ()) -> None:
+    `bad_samples` gives how many samples that process has left out so far, by reason.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        me: Workers,
+        watching: Sequence[GeneralTracker] = (),
+        bad_samples: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
         self.folder = folder
         self.me = me
         self.watching = watching
+        self.bad_samples = bad_samples
         self._said = -STATUS_EVERY_SECONDS
         self._began: dict[str, tuple[float, int]] = {}
 
@@ -60,7 +70,8 @@ class Record:
             "rate": round(report.rate, 2),
             "skipped": report.skipped,
         }
-        self._append({"stage": stage, "step": report.step, "time": round(time.time(), 1), **numbers})
+        bad = {"bad_samples": found} if (found := self.bad_samples()) else {}
+        self._append({"stage": stage, "step": report.step, "time": round(time.time(), 1), **numbers, **bad})
         for tracker in self.watching:
             tracker.log({f"{stage}/{name}": value for name, value in numbers.items()}, step=report.step)
         if time.monotonic() - self._said >= STATUS_EVERY_SECONDS or report.step == report.total:
@@ -72,9 +83,10 @@ class Record:
     def status(self, state: str, **facts: Any) -> None:
         """Say in status.json what the run is doing: training, saved, failed or finished."""
         self._said = time.monotonic()
-        about = {"state": state, "rank": self.me.rank, "world": self.me.world, "pid": os.getpid()}
+        who = {"state": state, "rank": self.me.rank, "world": self.me.world, "pid": os.getpid()}
+        about = {**who, "time": time.time(), "bad_samples": self.bad_samples(), **facts}
         try:
-            save_text(self.folder / "status.json", json.dumps({**about, "time": time.time(), **facts}, indent=2) + "\n")
+            save_text(self.folder / "status.json", json.dumps(about, indent=2) + "\n")
         except OSError as error:
             warn(f"{self.folder}/status.json: {error.strerror}; training goes on")
 

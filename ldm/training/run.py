@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ldm.bundle import Bundle
 from ldm.config import parse_yaml, validate
 from ldm.data.latents import weights_digest
+from ldm.data.tally import Tally
 from ldm.errors import SettingError
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.model_config import ModelConfig, build
@@ -32,6 +34,7 @@ class Run:
     folder: Path
     base: Bundle | None = None
     conduct: Conduct = field(default_factory=Conduct)
+    tallies: list[Tally] = field(default_factory=list)
 
     @property
     def model(self) -> ModelConfig:
@@ -81,7 +84,11 @@ class Run:
 
     def pictures(self, batch_size: int, side: int, seed: int, alone: bool = False) -> Pictures:
         """Batches of the recipe's pictures, by position; whole ones for a process that is `alone` in what it does."""
-        return source.pictures(self.recipe.data, batch_size, side, seed, alone)
+        return source.pictures(self.recipe.data, batch_size, side, seed, alone, self.tallies)
+
+    def bad_samples(self) -> dict[str, int]:
+        """How many samples this process has left out so far, by reason."""
+        return dict(sum((tally.counts for tally in self.tallies), Counter()).most_common())
 
 
 def digest(value: object) -> str:

@@ -21,6 +21,7 @@ from ldm.data.settings import LatentsConfig, MixConfig, PicturesConfig
 from ldm.data.shards import find_shards
 from ldm.data.source import open_pictures
 from ldm.data.streaming import StreamedShards
+from ldm.data.tally import Tally
 from ldm.data.transforms import PictureConfig
 from ldm.errors import SettingError
 from ldm.images import to_tensor
@@ -76,22 +77,29 @@ def require(data: DataConfig) -> None:
                 find_shards(pattern)
 
 
-def pictures(data: DataConfig, batch_size: int, side: int, seed: int, alone: bool = False) -> Pictures:
-    """Batches of the recipe's pictures, `side` pixels square (digits: as they are); whole ones where one is `alone`."""
+def pictures(
+    data: DataConfig, batch_size: int, side: int, seed: int, alone: bool = False, tallies: list[Tally] | None = None
+) -> Pictures:
+    """Batches of the recipe's pictures, `side` pixels square (digits: as they are); whole ones where one is `alone`.
+
+    What counts their bad samples is added to `tallies`.
+    """
     me = workers()
     me = replace(me, rank=0, world=1) if alone else me
     if data.digits is not None:
         return digits(data.digits, batch_size, seed, me)
-    return shards(data, batch_size, side, seed, me)
+    return shards(data, batch_size, side, seed, me, [] if tallies is None else tallies)
 
 
-def shards(data: DataConfig, batch_size: int, side: int, seed: int, me: Workers) -> Pictures:
+def shards(data: DataConfig, batch_size: int, side: int, seed: int, me: Workers, tallies: list[Tally]) -> Pictures:
     """Batches from WebDataset shards: resident, indexed or streamed as the recipe says."""
     config = settings(data, batch_size, side, seed)
     if data.resident:
         resident = ResidentShards(config, me.device, data.workers)
+        tallies.append(resident.tally)
         return lambda start: resident.batches(start, me.rank, me.world)
     source = open_pictures(config)
+    tallies.append(source.tally)
     return lambda start: source.batches(start, me.rank, me.world, data.workers)
 
 

@@ -236,7 +236,9 @@ def diffusion_batches(
     if stage.latents is not None:
         digests = (network_digest(bundle, "autoencoder"), network_digest(bundle, "text"))
         made_from, data = MadeFrom(*digests, stage.side), run.recipe.data
-        return shard_batches(latent_shards(stage.latents, data, stage.batch_size, seed, made_from), data.workers)
+        shards = latent_shards(stage.latents, data, stage.batch_size, seed, made_from)
+        run.tallies.append(shards.tally)
+        return shard_batches(shards, data.workers)
     condition = encoding(run, bundle, stage, torch.float32)
     pictures = run.pictures(stage.batch_size, stage.side, seed)
     return encoded_batches(pictures, stage, bundle.autoencoder, condition, workers().device)
