@@ -3,9 +3,11 @@
 #   make image PROMPT="a red circle" [STEPS=30] [SEED=1] [MODEL=shapes-256]
 #   make … PYTHON=python3.12     the interpreter that makes .venv; 3.11 or newer
 #   make … EXTRAS=ui,dev,parity  what is installed beside the core
+#   make test PROCESSES=2        how many tests run beside each other, with one core each
 
 PYTHON ?= python3
 EXTRAS ?= ui,dev
+PROCESSES ?= 2
 RUN := .venv/bin/python
 INSTALLED := .venv/installed-$(EXTRAS)
 LAST_SHARD := data/shapes/shapes-00019.tar
@@ -35,7 +37,7 @@ install: $(INSTALLED)  ## make .venv and install into it
 	@:
 
 test: $(INSTALLED)  ## run the tests, without the slow ones
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest --numprocesses $(PROCESSES) --dist worksteal
 
 test-all: $(INSTALLED)  ## run all tests that need no GPU
 	@$(RUN) -m pytest -m "not gpu"

@@ -6,13 +6,17 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
 import pytest
+
+# Workers beside each other have one core each: more threads than that would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # Before anything of ldm is imported: every annotated function then checks the shapes it gets and returns.
 # The samplers are left out: they name tensors without importing torch; the pipeline is, because behind the hook
@@ -90,6 +94,11 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
+def few(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """Cases to parametrize a test with, of which all but the `quick` ones are slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a script ended: its exit code and what it printed."""
@@ -117,7 +126,7 @@ def environment() -> dict[str, str]:
 
 def start(script: str, *arguments: str | bytes | Path) -> Ended:
     """Run a script in its own process and wait for its end."""
-    done = subprocess.run(command(script, *arguments), capture_output=True, env=environment(), timeout=60, check=False)
+    done = subprocess.run(command(script, *arguments), capture_output=True, env=environment(), timeout=300, check=False)
     return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 

@@ -28,6 +28,7 @@ def test_a_ratio_has_the_interval_of_the_sign_test() -> None:
     assert SCRIPT["advantage"]([1.0] * 20, [float(i) for i in range(20, 0, -1)]) == (10.5, 6.0, 15.0)
 
 
+@pytest.mark.slow
 def test_our_step_alone_is_measured(benchmark: Script, tmp_path: Path) -> None:
     ended = benchmark(*TINY, "--no-theirs", "--muon", "--out", tmp_path / "out.json")
     assert ended.code == 0, ended.err
@@ -38,6 +39,7 @@ def test_our_step_alone_is_measured(benchmark: Script, tmp_path: Path) -> None:
     assert refused.code == 2 and "--rounds: got 5" in refused.err
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_both_train_the_same_network_on_the_same_loss(benchmark: Script, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")

@@ -32,7 +32,7 @@ def test_default_bundle_is_256_pixels_at_factor_8_with_a_preview() -> None:
 
 def test_most_of_a_few_prompts_are_drawn_right(shipped: Bundle) -> None:
     engine = TextToImage(shipped)
-    request = GenerationRequest(prompt="any", steps=20, batch_size=4)
+    request = GenerationRequest(prompt="any", steps=10, batch_size=4)
     images = engine.draw(PROMPTS, [11, 12, 13, 14], request)
     assert score_shapes(PROMPTS, images).colour_and_shape.right >= 2
 

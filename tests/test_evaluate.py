@@ -94,7 +94,8 @@ def test_a_folder_a_list_and_shards_hold_the_same_pictures(folder: Path, tmp_pat
     assert len(seen(find_pictures(str(folder), 5), pixels())) == 5
 
 
-def test_what_is_damaged_ends_the_evaluation_with_what_to_do(folder: Path) -> None:
+def test_what_is_damaged_ends_the_evaluation_with_what_to_do(folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(folder, tmp_path / "damaged")
     (folder / "02.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match=r"02\.txt: got a txt that is not UTF-8 .*; replace or remove it$"):
         seen(find_pictures(str(folder)), pixels())

@@ -168,6 +168,7 @@ def test_diffusers_loads_the_file_and_draws_the_same_picture(names: Literal["koh
     assert (mine - other).abs().max() < 1e-4 * other.abs().max()
 
 
+@pytest.mark.slow
 def test_a_new_word_is_all_that_textual_inversion_changes(tmp_path: Path) -> None:
     bundle = tiny_model()
     assert isinstance(bundle.text, ClipTextEncoder)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import compvis, write
-from conftest import environment
+from conftest import environment, few
 
 from ldm.bundle import Bundle
 from ldm.config import validate
@@ -59,7 +59,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
 @pytest.mark.parametrize(
-    ("layout", "dtype"), [("folder", "float32"), ("single file", "float32"), ("single file", "bfloat16")]
+    ("layout", "dtype"),
+    [
+        pytest.param("folder", "float32", marks=pytest.mark.slow),
+        pytest.param("single file", "float32", marks=pytest.mark.slow),
+        ("single file", "bfloat16"),
+    ],
 )
 def test_loading_adds_at_most_what_the_model_needs(saved: dict[str, Path], layout: str, dtype: str) -> None:
     command = [sys.executable, "-c", MEASURE, str(saved[layout]), dtype]
@@ -69,7 +74,7 @@ def test_loading_adds_at_most_what_the_model_needs(saved: dict[str, Path], layou
     assert added <= 1.15 * needed, f"{added / needed:.2f} times what the model needs"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16, torch.float16], torch.bfloat16))
 def test_a_thread_fills_with_one_part_of_a_tensor_beside_the_network(
     saved: dict[str, Path], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ def test_text_tower_has_clips_count(config: ClipTextConfig, count: int) -> None:
 
 
 def test_stable_diffusions_shapes_on_the_meta_device() -> None:
-    with torch.device("meta"):
+    with torch.device("meta"), torch.inference_mode():
         image = torch.empty(1, 3, 512, 512)
         latent = KLAutoencoder(AutoencoderConfig()).encode(image).mean
         assert latent.shape == (1, 4, 64, 64)

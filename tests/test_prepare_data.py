@@ -296,7 +296,15 @@ def killed_at(call: int, name: str, *arguments: object) -> int:
 
 
 # fsync 2: shard 0 under its temporary name; 3: rejects of shard 0; 4: its line; replace 3: shard 1 before its name.
-@pytest.mark.parametrize(("name", "call"), [("fsync", 2), ("fsync", 3), ("fsync", 4), ("replace", 3)])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("fsync", 2),
+        pytest.param("fsync", 3, marks=pytest.mark.slow),
+        pytest.param("fsync", 4, marks=pytest.mark.slow),
+        ("replace", 3),
+    ],
+)
 def test_a_killed_import_goes_on_to_the_same_bytes(
     photos: Path, prepare: Callable[..., None], tmp_path: Path, name: str, call: int
 ) -> None:

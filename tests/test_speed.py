@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, Script
+from conftest import SCRIPTS, Script, few
 
 from ldm.errors import MachineError
 from ldm.evaluation import bundled, contests, speed, stand_in
@@ -24,6 +24,7 @@ from ldm.models.autoencoder import Gaussian
 from ldm.models.text import open_clip_module
 
 CPU = torch.device("cpu")
+QUICK = ("text", "unet", "decode", "encode")
 TINY = {
     "autoencoder": {"kind": "kl", "channels": 8, "multipliers": [1, 1, 2, 2], "res_blocks": 1, "groups": 4},
     "text": {"kind": "clip", "tokenizer": "hf", "width": 32, "layers": 2, "heads": 4},
@@ -160,7 +161,7 @@ def test_bars_are_as_long_as_ratios_say() -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", [name for name in CONTESTS if name not in ("layers", "networks")])
+@pytest.mark.parametrize("name", few([one for one in CONTESTS if one not in ("layers", "networks")], *QUICK))
 def test_every_contest_has_the_same_result_for_all(tiny: None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     open_clip_module()
     pytest.importorskip("diffusers")
@@ -258,6 +259,7 @@ def test_memory_beside_what_there_is() -> None:
     assert 190e6 < more < 220e6 and nothing < 20e6, "neither what there was nor what there once was"
 
 
+@pytest.mark.slow
 def test_decoding_needs_memory_that_grows_with_the_picture() -> None:
     def needed(side: int) -> int:
         script = str(SCRIPTS / "benchmark.py")

@@ -195,6 +195,7 @@ def digits_recipe() -> Recipe:
     return recipe.model_copy(update={"unet_training": (stage,)})
 
 
+@pytest.mark.slow
 def test_from_digits_to_a_bundle_that_draws_them(tmp_path: Path) -> None:
     run = Run(digits_recipe(), tmp_path)
     *_, cache = latents_stage(run, run.recipe.unet_training[0], count=200)

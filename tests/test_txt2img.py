@@ -27,13 +27,16 @@ def seconds_of_children() -> float:
 
 
 def test_help_is_quick_and_complete() -> None:
-    spent = []
+    spent, nothing = [], []
     for _ in range(3):
         before = seconds_of_children()
         ended = start("txt2img.py", "--help")
         spent.append(seconds_of_children() - before)
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+        nothing.append(seconds_of_children() - before - spent[-1])
     assert ended.code == 0
-    assert min(spent) < 0.3, spent
+    # A machine that is slow today is slow with nothing to do, too; a quiet one needs 0.015 s for that.
+    assert min(spent) < max(0.3, 20 * min(nothing)), (spent, nothing)
     positions = [ended.out.index(word) for word in ("examples:", "basic:", "advanced:", "output:")]
     assert positions == sorted(positions)
     assert ended.out.count("python scripts/txt2img.py") == 2

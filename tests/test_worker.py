@@ -243,7 +243,7 @@ def test_fast_steps_are_shown_at_most_once_in_150_ms_and_the_first_and_last_alwa
 
 
 def test_slow_steps_are_all_shown(worker: Worker) -> None:
-    seen = [view.step for view in views(worker, Scene([0.2, 0.2, 0.2]))]
+    seen = [view.step for view in views(worker, Scene([0.5, 0.5, 0.5]))]
     assert [step for step in (1, 2, 3) if step in seen] == [1, 2, 3]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 SERVED = Path(__file__).with_name("served.py")
 OTHER_MODEL = "<img src=x onerror=document.title='taken'>"
-PATIENCE = 60_000  # milliseconds; what should come at once may come late on a busy machine
+PATIENCE = 180_000  # milliseconds; what should come at once may come late on a busy machine
 
 
 class Server:
@@ -47,7 +47,7 @@ class Server:
         """Send a signal and wait for the end; its exit code."""
         assert self.process is not None
         self.process.send_signal(how)
-        return self.process.wait(30)
+        return self.process.wait(120)
 
     def said(self) -> str:
         """What it has said on stderr."""
