@@ -211,7 +211,7 @@ def processes(
 
 
 def child(
-    kind: str, program: str, dtype: str, device: str, model: str, config: str, steps: str, side: str, to: str
+    kind: str, program: str, dtype: str, device: str, model: str, theirs: str, steps: str, side: str, to: str
 ) -> None:
     """Draw one picture as a user of a program does; of kind `start`, only until the UNet is first asked."""
     Path(to).unlink(missing_ok=True)
@@ -230,7 +230,7 @@ def child(
         sys.argv = ["txt2img.py", *flags, "--device", device, "--dtype", dtype, "--output", to]
         runpy.run_path(TXT2IMG, run_name="__main__")
     else:
-        draw_with_diffusers(dtype, device, model, config, int(steps), int(side), to)
+        draw_with_diffusers(dtype, device, theirs, int(steps), int(side), to)
 
 
 def memory_of_decoding(program: str, dtype: str, device: str, side: int) -> int:
@@ -263,17 +263,18 @@ def memory_of_decoding(program: str, dtype: str, device: str, side: int) -> int:
         return torch.cuda.max_memory_allocated() - before
 
 
-def draw_with_diffusers(dtype: str, device: str, model: str, config: str, steps: int, side: int, to: str) -> None:
-    """What the documentation of diffusers says; in half precision with its advice on the layout."""
-    from ldm.models.text import open_clip_module
+def draw_with_diffusers(dtype: str, device: str, model: str, steps: int, side: int, to: str) -> None:
+    """What the documentation of diffusers says, on its own folder; in half precision with its advice on the layout."""
+    import torch
 
     if find_spec("torchvision"):
-        open_clip_module()  # makes torchvision importable beside a CPU-only PyTorch
-    import torch
+        from ldm.models.text import import_torchvision
+
+        import_torchvision()  # which diffusers does too, and cannot by itself beside a CPU-only PyTorch
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_single_file(
-        model, config=config, torch_dtype=getattr(torch, dtype), local_files_only=True, safety_checker=None
+    pipe = StableDiffusionPipeline.from_pretrained(
+        model, torch_dtype=getattr(torch, dtype), local_files_only=True, safety_checker=None
     ).to(device)
     if dtype != "float32":
         pipe.unet.to(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ EPILOG = """examples:
   python scripts/benchmark_growth.py --plot growth.svg --out growth.json
   python scripts/benchmark_growth.py --model v1-5-pruned-emaonly.safetensors --axes side --steps 2
 Every point is a process of its own, `txt2img.py`; seconds are those that it says it drew, and memory is the peak of the
-process. What is expected is the time of the axis' first point times the operations that are counted for the others."""
+process. What is expected is the time of the point before, times what is counted as more operations."""
 AXES: dict[str, tuple[int, ...]] = {
     "side": (256, 384, 512, 768, 1024),
     "batch": (1, 2, 4, 8, 16),
@@ -60,14 +60,15 @@ def main() -> None:
     figures: dict[str, Points] = {}
     for axis in axes:
         figures[axis] = {}
+        before: tuple[float, float] | None = None
         print(f"\n| {axis} | seconds | expected | peak memory |\n|---|---|---|---|")
         for value in AXES[axis]:
             asked = {**others, "batch": 1, "words": 3, axis: value}
             seconds, peak = min(drawn(args.model or DEFAULT, asked) for _ in range(repeat))
-            first = figures[axis].get(AXES[axis][0])
             work = operations_of(args.model or DEFAULT, asked)
-            base = operations_of(args.model or DEFAULT, {**asked, axis: AXES[axis][0]})
-            expected = seconds if first is None else first[0] * work / base
+            # By the row before: in the first one much is overhead, which would hide what grows too fast.
+            expected = seconds if before is None else before[0] * work / before[1]
+            before = seconds, work
             figures[axis][value] = seconds, expected, peak
             print(f"| {value} | {seconds:.2f} | {expected:.2f} | {peak / 1e6:,.0f} MB |", flush=True)
     if args.out:

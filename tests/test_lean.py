@@ -76,6 +76,6 @@ def test_plan_adds_up(tiny_bundle: Bundle) -> None:
     assert plan["weights"] == sum(t.nbytes for part in parts for t in part.state_dict().values())
     assert plan["whole"] == plan["weights"] + max(plan["step"], plan["decode"])
     assert memory_plan(request, config, torch.float32, lent=True)["whole"] < plan["whole"]
-    assert memory_plan(request, config, torch.float32, sparing=True)["decode"] != plan["decode"]
+    assert memory_plan(request, config, torch.float32, sparing=True)["decode"] < plan["decode"]
     twice = request.model_copy(update={"num_images": 2, "batch_size": 2})
     assert memory_plan(twice, config, torch.float32)["step"] > 1.8 * plan["step"]

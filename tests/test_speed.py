@@ -175,11 +175,14 @@ def test_every_contest_has_the_same_result_for_all(tiny: None, name: str, monkey
 
     monkeypatch.setattr(contests, "compare", once)
     assert list(CONTESTS[name](bench))
-    if name in ("decode", "encode", "text"):
-        ours, theirs, best = (tensor_of(results[who]) for who in (OURS, DEFAULT, BEST))
-        scale = 0.18215 if name == "encode" else 1.0
-        for other in (theirs, best):
-            assert float((ours - scale * other).norm() / ours.norm()) < 1e-4
+    if name == "attention":
+        return
+    ours, *others = (tensor_of(results[who]) for who in (OURS, DEFAULT, BEST) if who in results)
+    assert len(others) == (1 if name == "train" else 2)
+    scale = 0.18215 if name == "encode" else 1.0
+    for other in others:
+        # Training is in mixed precision.
+        assert float((ours - scale * other).norm() / ours.norm()) < (1e-2 if name == "train" else 1e-4)
 
 
 def tensor_of(result: object) -> torch.Tensor:
@@ -234,7 +237,7 @@ def test_growth_is_measured_and_drawn_beside_what_is_expected(
     points = json.loads(out.read_text())["batch"]
     seconds, expected, peak = points["1"]
     assert seconds == expected and peak > 1e8
-    assert points["16"][1] == pytest.approx(16 * seconds, abs=0.02), "sixteen pictures are sixteen times the work"
+    assert points["16"][1] == pytest.approx(2 * points["8"][0], abs=0.02), "twice the pictures are twice the work"
     ET.parse(plot)
     assert "axes: no axis 'bath'" in script("--axes", "bath").errors[0]
     assert script("--steps", "many").errors == ["error: steps: many is not a whole number; use 10"]

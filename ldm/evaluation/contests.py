@@ -26,6 +26,7 @@ from ldm.nn.packing import Conv2d
 OURS, DEFAULT, BEST = "ldm", "diffusers, default", "diffusers, best"
 PLAIN = "plain"
 PROMPT = "a red circle to the left of a blue square"
+SIGMA, GUIDANCE = 3.0, 7.5
 
 
 @dataclass
@@ -94,17 +95,19 @@ def unet(bench: Bench) -> Iterator[Comparison]:
     work = operations(lambda: plain(*asked))
 
     def our_step(network: Any) -> Work:
-        denoise = guided(Denoiser(network, schedule, "eps", bench.dtype), texts[0], texts[1], 7.5)
+        denoise = guided(Denoiser(network, schedule, "eps", bench.dtype), texts[0], texts[1], GUIDANCE)
         x = bench.latent(OURS).float()
-        return lambda: denoise(x, 3.0)
+        return lambda: denoise(x, SIGMA)
 
     def their_step(network: Any, name: str) -> Work:
-        x, states = bench.latent(name), torch.cat([texts[0], texts[1]]).to(bench.dtype_of(name))
+        x, states = bench.latent(name), torch.cat([texts[1], texts[0]]).to(bench.dtype_of(name))
 
         def step() -> object:
-            said = network(torch.cat([x, x]), 500, encoder_hidden_states=states, return_dict=False)[0]
+            scaled = x / (1.0 + SIGMA * SIGMA) ** 0.5
+            asked = torch.cat([scaled, scaled])
+            said = network(asked, schedule.timestep(SIGMA), encoder_hidden_states=states, return_dict=False)[0]
             without, with_prompt = said.chunk(2)
-            return without + 7.5 * (with_prompt - without)
+            return x - SIGMA * (without + GUIDANCE * (with_prompt - without))
 
         return step
 
@@ -281,13 +284,15 @@ def train(bench: Bench) -> Iterator[Comparison]:
         optimizer = torch.optim.AdamW(network.parameters(), fused=name == OURS)
         given = x.contiguous(memory_format=torch.channels_last) if name == OURS else x
 
-        def once() -> None:
+        def once() -> Tensor:
             with torch.inference_mode(False), torch.enable_grad():
                 with torch.autocast(bench.device.type, torch.bfloat16):
                     said = network(given, t, states)
-                ((said if name == OURS else said.sample).float() - x).square().mean().backward()
+                loss = ((said if name == OURS else said.sample).float() - x).square().mean()
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
 
         return once
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from ldm.config import validate
 from ldm.formats import keys
 from ldm.formats.export import Exported, to_single_file
-from ldm.formats.export_diffusers import configs, write_tokenizer
+from ldm.formats.export_diffusers import to_diffusers
 from ldm.formats.tensors import MemoryTensor, StoredTensor
-from ldm.formats.write import write_json
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.models.model_config import ModelConfig, build
 from ldm.models.text import ClipTextConfig, ClipTextEncoder
@@ -146,7 +145,7 @@ def hf_text(text: ClipTextEncoder) -> dict[str, Tensor]:
 
 
 def write(folder: Path) -> tuple[Path, Path]:
-    """A single file in fp16, 2.1 GB, and the same model's configs as a folder, which diffusers asks for beside it."""
+    """A single file in fp16, 2.1 GB, and the same model as the folder that diffusers reads, as large again."""
     made = shapes()
     assert isinstance(made.config.autoencoder, AutoencoderConfig) and isinstance(made.config.text, ClipTextConfig)
     pool = torch.randn(2**26, generator=torch.Generator().manual_seed(0)).mul_(SCALE).half()
@@ -158,7 +157,5 @@ def write(folder: Path) -> tuple[Path, Path]:
         parts[part] = {name: MemoryTensor(pool[: like.numel()].view(like.shape)) for name, like in state.items()}
     model = Exported(made.config, made.config.autoencoder, made.config.text, parts)
     to_single_file(folder / "sd15.safetensors", model)
-    for name, values in configs(model).items():
-        write_json(folder / "configs" / name, values)
-    write_tokenizer(folder / "configs" / "tokenizer", made.config.text)
-    return folder / "sd15.safetensors", folder / "configs"
+    to_diffusers(folder / "sd15", model)
+    return folder / "sd15.safetensors", folder / "sd15"

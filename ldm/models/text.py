@@ -91,22 +91,29 @@ class TextEncoder(Protocol):
 
 
 def open_clip_module() -> Any:
-    """open_clip, imported late because it is slow, also beside a torchvision that lacks its compiled operators.
+    """open_clip, imported late because it is slow."""
+    import_torchvision()
+    import open_clip
 
-    torchvision from PyPI next to a CPU-only torch fails while it registers `nms`; declaring the two operators first
-    makes the import work. Nothing here calls them.
+    return open_clip
+
+
+def import_torchvision() -> None:
+    """Import torchvision, also one that lacks its compiled operators.
+
+    From PyPI next to a CPU-only torch it fails while it registers `nms`; declaring the two operators first makes the
+    import work. Nothing here calls them.
     """
     try:
-        import open_clip
+        import torchvision
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        open_clip_module.keep = library  # type: ignore[attr-defined]  # declarations live as long as this object
-        import open_clip
-    return open_clip
+        import_torchvision.keep = library  # type: ignore[attr-defined]  # declarations live as long as this object
+        import torchvision  # noqa: F401
 
 
 @cache
