@@ -248,13 +248,14 @@ def test_pictures_are_encoded_in_parts_of_the_size_that_is_computed_at_once(
 
 @pytest.mark.parametrize("how", ["data.mode=indexed", "data.mode=streaming", "data.resident=true"])
 def test_samples_that_are_left_out_are_in_the_status_by_reason(
-    train: Script, flags: tuple[str, ...], shards: Path, tmp_path: Path, how: str
+    train: Script, flags: tuple[str, ...], tmp_path: Path, how: str
 ) -> None:
     samples = list(photos())
     samples[5]["png"] = b"no picture at all"
     samples[17]["txt"] = ""
-    write_shards(iter(samples), shards, 6, "photos")
-    ended = train(*flags, how, "data.max_bad_fraction=0.5", "unet_training.0.steps=7", "--run-dir", tmp_path / "run")
+    write_shards(iter(samples), tmp_path / "bad", 6, "bad")
+    bad = (f"data.shards={tmp_path / 'bad'}", how, "data.max_bad_fraction=0.5", "unet_training.0.steps=7")
+    ended = train(*flags, *bad, "--run-dir", tmp_path / "run")
     assert ended.code == 0, ended.err
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -266,7 +267,7 @@ def test_samples_that_are_left_out_are_in_the_status_by_reason(
 def test_settings_that_cached_latents_do_not_heed_are_said(
     train: Script, flags: tuple[str, ...], latents: Callable[..., str], tmp_path: Path
 ) -> None:
-    idle = ("data.mirror=0.5", "data.captions.templates=['a {caption}']")
+    idle = ("data.mirror=0.5", "data.captions={templates: ['a {caption}']}")
     ended = train(*flags, latents(), *idle, "--run-dir", tmp_path / "run")
     assert ended.code == 0, ended.err
     assert "data.mirror, data.captions.templates: no effect where cached latents are read" in ended.err

@@ -26,17 +26,19 @@ def seconds_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def test_help_is_quick_and_complete() -> None:
-    spent, nothing = [], []
+@pytest.mark.slow  # means something on a quiet machine only; what it must not import is below
+def test_help_is_quick() -> None:
+    spent = []
     for _ in range(3):
         before = seconds_of_children()
-        ended = start("txt2img.py", "--help")
+        assert start("txt2img.py", "--help").code == 0
         spent.append(seconds_of_children() - before)
-        subprocess.run([sys.executable, "-c", "pass"], check=True)
-        nothing.append(seconds_of_children() - before - spent[-1])
+    assert min(spent) < 0.3, spent
+
+
+def test_help_is_complete() -> None:
+    ended = start("txt2img.py", "--help")
     assert ended.code == 0
-    # A machine that is slow today is slow with nothing to do, too; a quiet one needs 0.015 s for that.
-    assert min(spent) < max(0.3, 20 * min(nothing)), (spent, nothing)
     positions = [ended.out.index(word) for word in ("examples:", "basic:", "advanced:", "output:")]
     assert positions == sorted(positions)
     assert ended.out.count("python scripts/txt2img.py") == 2

@@ -45,6 +45,7 @@ def test_page_and_command_line_draw_the_same_picture(
     assert shown == saved.read_bytes() and b"a red circle" in shown
 
 
+@pytest.mark.slow
 def test_two_users_get_their_own_pictures_and_stop_only_their_own(chromium: Any, user: User, server: Server) -> None:
     other, third = (User(chromium, server.address).opens() for _ in range(2))
     other.writes("a blue star", steps=3, seed=2)
@@ -104,6 +105,7 @@ def test_a_model_is_changed_between_runs_and_each_picture_says_which_drew_it(
     other.context.close()
 
 
+@pytest.mark.slow
 def test_of_twelve_one_runs_eight_wait_and_three_are_told_when_to_come_again(server: Server) -> None:
     from gradio_client import Client
 
