@@ -69,6 +69,7 @@ def test_two_users_get_their_own_pictures_and_stop_only_their_own(chromium: Any,
         one.context.close()
 
 
+@pytest.mark.slow
 def test_two_tabs_of_one_browser_draw_one_after_the_other(user: User, server: Server) -> None:
     tab = user.in_another_tab().opens().writes("a purple star", steps=3, seed=22)
     user.writes("a purple circle", steps=20, seed=21).page.keyboard.press("Control+Enter")
@@ -80,6 +81,7 @@ def test_two_tabs_of_one_browser_draw_one_after_the_other(user: User, server: Se
     assert tab.wrong == []
 
 
+@pytest.mark.slow
 def test_a_model_is_changed_between_runs_and_each_picture_says_which_drew_it(
     chromium: Any, user: User, server: Server, tiny_folder: Path, other_models: Path
 ) -> None:
@@ -136,6 +138,7 @@ def test_a_double_click_on_generate_stops_nothing(user: User) -> None:
     assert "Done" in user.waits_for_the_end()
 
 
+@pytest.mark.slow
 def test_fields_move_one_another(user: User) -> None:
     from playwright.sync_api import expect
 
@@ -161,6 +164,7 @@ def test_fields_move_one_another(user: User) -> None:
     choice("Square").to_be_checked()
 
 
+@pytest.mark.slow
 def test_same_seed_and_vary_go_on_from_the_picture_that_is_shown(user: User) -> None:
     user.writes("a varied star", steps=2, seed=4294967295).presses("Generate")
     assert "seed 4294967295" in user.waits_for_the_end()
@@ -174,6 +178,7 @@ def test_same_seed_and_vary_go_on_from_the_picture_that_is_shown(user: User) -> 
     assert user.page.get_by_label("Keep").is_checked()
 
 
+@pytest.mark.slow
 def test_skip_leaves_one_picture_out(user: User) -> None:
     user.writes("a skipped star", steps=20, images=2).page.keyboard.press("Control+Enter")
     user.page.wait_for_selector("#skip", state="visible")
@@ -199,6 +204,7 @@ def test_fields_come_back_after_a_reload_and_the_picture_is_in_the_history(user:
     assert not any("reloaded" in name for name in server.pictures())
 
 
+@pytest.mark.slow
 def test_a_closed_tab_keeps_the_running_picture(chromium: Any, server: Server) -> None:
     other = User(chromium, server.address).opens().writes("a closed tab", steps=10)
     other.presses("Generate")
@@ -210,6 +216,7 @@ def test_a_closed_tab_keeps_the_running_picture(chromium: Any, server: Server) -
     assert any("closed-tab" in name for name in server.pictures())
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_and_restarted_works_without_a_reload(
     chromium: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -265,6 +272,7 @@ def test_hostile_prompts_names_and_settings_stay_text(user: User, server: Server
     assert "taken" not in user.page.title()
 
 
+@pytest.mark.slow
 def test_a_bug_is_told_by_its_number_and_the_next_picture_is_drawn(user: User, server: Server) -> None:
     user.writes("a circle", steps=2).presses("Generate")
     user.waits_for_the_end()
@@ -291,6 +299,7 @@ def test_what_is_wrong_stands_under_its_field(user: User) -> None:
     user.sees("1001 is not between 1 and 1000", "#steps")
 
 
+@pytest.mark.slow
 def test_a_request_that_is_not_taken_is_told_and_can_be_made_again(user: User) -> None:
     user.page.route("**/queue/join*", lambda route: route.fulfill(status=400, body="no such thing"))
     for _ in range(2):  # the same words a second time are words, too
@@ -303,6 +312,7 @@ def test_a_request_that_is_not_taken_is_told_and_can_be_made_again(user: User) -
     assert "Done" in user.waits_for_the_end()
 
 
+@pytest.mark.slow
 def test_comparison_is_told_beforehand_and_a_cell_is_used(user: User) -> None:
     user.writes("a red circle", steps=2)
     user.goes_to("Compare")
@@ -320,6 +330,7 @@ def test_comparison_is_told_beforehand_and_a_cell_is_used(user: User) -> None:
     assert user.page.input_value("#seed input") == "6" and user.page.input_value("#guidance-scale input") == "3"
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_last_picture_and_the_forward_process_can_be_looked_at(user: User) -> None:
     user.writes("a red circle", steps=5).presses("Generate")
     user.waits_for_the_end()
@@ -333,6 +344,7 @@ def test_the_steps_of_the_last_picture_and_the_forward_process_can_be_looked_at(
     user.sees("t = 0: √ᾱ = 1.000", "#forward-frames")
 
 
+@pytest.mark.slow
 def test_settings_of_a_dropped_picture_are_shown_before_they_are_used(user: User, server: Server) -> None:
     user.writes("a dropped star", steps=3, seed=9).presses("Generate")
     user.waits_for_the_end()

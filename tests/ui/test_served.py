@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from browsing import Server
-from conftest import few
 
 gradio_client = pytest.importorskip("gradio_client")
 
@@ -136,6 +135,7 @@ def test_what_one_page_runs_is_not_stopped_by_others(server: Server, http: httpx
     assert job.result()[0]["seed"] == 6
 
 
+@pytest.mark.slow
 def test_a_large_upload_is_refused_and_a_slow_one_holds_nobody_up(server: Server) -> None:
     def upload(length: int) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", server.port), timeout=180)
@@ -169,6 +169,7 @@ def test_two_hundred_small_uploads_leave_a_server_that_answers(server: Server, h
     assert kept < 2**20
 
 
+@pytest.mark.slow
 def test_the_client_on_the_about_screen_runs(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     exec(CLIENT.replace("http://127.0.0.1:7860", server.address), {})
     printed = capsys.readouterr().out.splitlines()[-1]
@@ -176,7 +177,14 @@ def test_the_client_on_the_about_screen_runs(server: Server, capsys: pytest.Capt
     assert CLIENT in (ROOT / "docs/app.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("flags", few([(), ("--listen",), ("--listen", "--auth", "ada:secret")], ("--listen",)))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        ("--listen",),
+        pytest.param(("--listen", "--auth", "ada:secret"), marks=pytest.mark.slow),
+    ],
+)
 def test_the_app_opens_warns_where_everybody_may_draw_and_leaves_nothing_behind(
     tiny_folder: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
