@@ -1,7 +1,7 @@
 """Tiny networks of every kind with their objectives and data from a seed, for tests of the training engine.
 
-As a program, by itself or under `torch.distributed.run`, it trains one of them and writes what came of it:
-tiny_training.py KIND FOLDER [key=value …]
+As a program, by itself or under `torch.distributed.run`, it trains one after another and writes what came of each:
+tiny_training.py KIND FOLDER [key=value …] [+ KIND FOLDER [key=value …]] …
 """
 
 import copy
@@ -185,10 +185,20 @@ def state_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def main(kind: str, folder: str, *pairs: str) -> None:
+def main(*arguments: str) -> None:
+    """Train what is listed between the `+`, then leave the other processes."""
+    me, rest = workers(60.0), list(arguments)
+    while rest:
+        end = rest.index("+") if "+" in rest else len(rest)
+        one(*rest[:end])
+        rest = rest[end + 1 :]
+    if me.world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def one(kind: str, folder: str, *pairs: str) -> None:
     """Train, with the signals that stop caught; the main process writes losses.json into the folder."""
     settings = {key: parse_yaml(value, key) for key, value in (pair.split("=") for pair in pairs)}
-    me = workers(60.0)
     losses: list[dict[str, float]] = []
     conduct_of: dict[str, Any] = {"allow_world_size_change": settings.pop("allow_world_size_change", False)}
     with caught() as stop:
@@ -198,10 +208,8 @@ def main(kind: str, folder: str, *pairs: str) -> None:
                 print("step", report.step, flush=True)
         except Stopped as stopped:
             os._exit(stopped.exit_code)
-    if me.main:
+    if workers().main:
         (Path(folder) / "losses.json").write_text(json.dumps(losses))
-    if me.world > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
