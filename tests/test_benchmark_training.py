@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, Script
+from helpers import SCRIPTS, Script
 
 from ldm.evaluation import speed
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS
+from helpers import SCRIPTS
 
 from ldm.bundle import Bundle
 from ldm.data.latents import LatentShards, MadeFrom, weights_digest

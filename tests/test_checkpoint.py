@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import environment
+from helpers import environment
 from tiny_training import state_digest, trained
 
 from ldm import files

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers import tiny_model
 from pydantic import ValidationError
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Script
+from helpers import Script
 from torch import Tensor, nn
 
 from ldm import config as configuration

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import environment
+from helpers import environment
 from torch import Tensor, nn
 
 from ldm.machine import single_threads

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment
+from helpers import environment
 from PIL import Image
 from tiny_training import trained
 
@@ -194,12 +194,13 @@ def test_a_process_that_ends_or_hangs_ends_the_other_and_is_named(how: str, tmp_
     flags = ("unet", "--config", str(recipe), "--run-dir", str(run), "--report-to", "none")
     first, second = pair(program, free_port(), *flags, "--dist-timeout", "10")
     try:
-        _, said = first.communicate(timeout=120)
+        _, said = first.communicate(timeout=400)
         if how == "hangs":
             assert second.poll() is None
         else:
-            said += second.communicate(timeout=20)[1]
+            said += second.communicate(timeout=60)[1]
     finally:
+        first.kill()
         second.kill()
     assert first.returncode == 5
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -210,7 +211,7 @@ def test_a_process_that_ends_or_hangs_ends_the_other_and_is_named(how: str, tmp_
     again = ("--allow-world-size-change", "unet_training.0.micro_batch_size=4")
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), *flags, *again],
-        env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        env=environment(), capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -240,9 +241,10 @@ def test_who_waits_for_latents_notices_that_nobody_makes_them(how: str, tmp_path
     flags = ("unet", "--config", str(recipe), "--run-dir", str(tmp_path / "run"), "--report-to", "none")
     first, second = pair(program, free_port(), *flags, "--dist-timeout", "10")
     try:
-        said = second.communicate(timeout=120)[1]
+        said = second.communicate(timeout=400)[1]
     finally:
         first.kill()
+        second.kill()
     assert second.returncode == 5 and "Traceback" not in said
     if how != "raises":
         (error,) = [line for line in said.splitlines() if line.startswith("error: ")]

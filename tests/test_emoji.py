@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import Script
+from helpers import Script
 from PIL import Image, ImageDraw
 
 from ldm.data.emoji import choice

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ended
+from helpers import Ended
 from PIL import Image
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import compvis, full_size, header, sparse, write
-from conftest import tiny_model
+from helpers import tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers import tiny_model
 from safetensors.torch import load_file
 from tiny_training import trained
 from torch import nn

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import compvis, write
-from conftest import environment, few
+from helpers import environment, few
 
 from ldm.bundle import Bundle
 from ldm.config import validate

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import few
+from helpers import few
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SCRIPTS, environment
+from helpers import SCRIPTS, environment
 from PIL import Image
 
 from ldm.data.cleaning import Cleaned, Rules, clean, resized

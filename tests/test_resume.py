@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_training
 import torch
-from conftest import few
+from helpers import few
 from tiny_training import KINDS, MODEL, Task, state_digest, trained
 from torch import nn
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, Script, few
+from helpers import SCRIPTS, Script, few
 
 from ldm.errors import MachineError
 from ldm.evaluation import bundled, contests, speed, stand_in

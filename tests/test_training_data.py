@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Script
+from helpers import Script
 from PIL import Image
 from test_distributed import launched
 from tiny_training import state_digest

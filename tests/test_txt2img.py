@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Ended, command, environment, start
+from helpers import Ended, command, environment, start
 from PIL import Image
 
 from ldm.images import read_settings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, Ended, start
+from helpers import SCRIPTS, Ended, start
 from safetensors.torch import load_file, save_file
 
 from ldm.files import sha256

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import start
+from helpers import start
 from PIL import Image
 
 from ldm.data import index as index_module

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SCRIPTS, Script, start, tiny_model
+from helpers import SCRIPTS, Script, start, tiny_model
 from test_cli import check
 
 from ldm.formats import keys

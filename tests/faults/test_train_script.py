@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ended, Script, tiny_model
+from helpers import Ended, Script, tiny_model
 from test_distributed import DIGITS, samples
 
 from ldm.bundle import Bundle

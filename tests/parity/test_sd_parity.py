@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import Ended, few
+from helpers import Ended, few
 from PIL import Image
 from reference import VERSIONS, diffusers, pipeline, write_single_file
 
