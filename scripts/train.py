@@ -93,11 +93,12 @@ def conducted(args: "argparse.Namespace", recipe: "Recipe") -> int:
     me = workers()
     keep_freed_memory()
     with signals.caught(args.minutes) as stop:
-        with together(me):
-            this = opened(args, recipe, Conduct(stop, args.allow_world_size_change))
-        watching = trackers(args.report_to, recipe.name, args.run_dir) if me.main else []
-        record = Record(args.run_dir, me, watching, this.bad_samples)
+        record = Record(args.run_dir, me)
         try:
+            with together(me):
+                this = opened(args, recipe, Conduct(stop, args.allow_world_size_change))
+            record.bad_samples = this.bad_samples
+            record.watching = trackers(args.report_to, recipe.name, args.run_dir) if me.main else []
             with together(me):
                 stages(this, args.stage, record)
         except signals.Stopped as stopped:

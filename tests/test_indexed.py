@@ -190,7 +190,7 @@ def test_the_next_good_sample_stands_in_for_a_bad_one(folder: Path) -> None:
         after = taken(source, 3, **how)
         swapped = [tuple("00000008" if key == "00000007" else key for key in batch.keys) for batch in before]
         assert [batch.keys for batch in after] == swapped
-        assert source.tally.counts == {"torn picture": 1} and source.tally.seen == 25
+        assert source.tally.counts == {"torn picture": 1} and source.tally.seen == 24
         (fault,) = [fault for batch in after for fault in batch.faults]
         assert fault.where.endswith("shapes-00001.tar: sample '00000007'")
 
@@ -199,6 +199,14 @@ def test_too_many_bad_samples_end_the_run(folder: Path) -> None:
     spoil(folder, 0, "00000000.png", b"no picture")
     with pytest.raises(DataError, match=r"1 torn picture.*expected at most 1\.0%"):
         taken(IndexedShards(config(folder)), 4)
+
+
+def test_bad_samples_side_by_side_are_each_one_bad_sample_an_epoch(tmp_path: Path) -> None:
+    torn = [shard_sample(index, seed=0, resolution=16) | {"png": b"torn"} for index in range(4)]
+    write_shards([*torn, *(shard_sample(index, seed=0, resolution=16) for index in range(4, 40))], tmp_path, 40, "a")
+    source = IndexedShards(config(tmp_path, max_bad_fraction=0.1))  # and so many are tolerated, at epochs' borders too
+    taken(source, 25)
+    assert source.tally.counts == {"torn picture": 20} and source.tally.seen == 200
 
 
 def test_only_bad_samples_end_the_run_with_and_without_workers(tmp_path: Path) -> None:

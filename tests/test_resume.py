@@ -12,12 +12,14 @@ from helpers import few
 from tiny_training import KINDS, MODEL, Task, state_digest, trained
 from torch import nn
 
+from ldm.data.loading import Streams, loaded
 from ldm.errors import NotFiniteError, SettingError
 from ldm.training import checkpoint, loop, state
 from ldm.training.batch import Batch, Draws
 from ldm.training.checkpoint import Checkpoint
+from ldm.training.diffusion import latent_batches
 from ldm.training.latents import LatentCache
-from ldm.training.loop import Conduct
+from ldm.training.loop import Batches, Conduct
 from ldm.training.optimization import LossScale, OptimizationConfig
 from ldm.training.signals import Stopped, StopRequest
 from ldm.training.update import Losses, Update
@@ -39,6 +41,7 @@ def stopped_after(kind: str, folder: Path, reports: int) -> None:
     for _ in range(reports):
         next(running)
     stop.note(signal.SIGUSR1, None)
+    assert next(running).step
     with pytest.raises(Stopped, match="SIGUSR1"):
         next(running)
 
@@ -68,11 +71,17 @@ def test_a_run_stopped_twice_within_an_epoch_ends_as_one_that_was_not(tmp_path: 
     assert run("unet", tmp_path / "parts") == whole
 
 
-@pytest.mark.slow
+def through_a_loader(*arguments: Any, **more: Any) -> Batches:
+    """Batches of latents that come as those of shards do: starting a loader draws from the global generator."""
+    batches = latent_batches(*arguments, **more)
+    return lambda start: loaded(Streams(lambda *_: batches(start), 0, 1), None, 0, 60.0, "here")
+
+
 def test_dropout_is_a_function_of_the_step_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dropping = MODEL.replace("groups: 4}\nsampling", "groups: 4, dropout: 0.3}\nsampling")
     assert dropping != MODEL
     monkeypatch.setattr("tiny_training.MODEL", dropping)
+    monkeypatch.setattr("tiny_training.latent_batches", through_a_loader)
     whole = run("unet", tmp_path / "whole", steps=6, save_every=3)
     run("unet", tmp_path / "parts", until=4, steps=6, save_every=3)
     torch.randn(17)  # whatever happens to the global generator in between

@@ -92,6 +92,14 @@ def test_bad_samples_are_counted_and_a_torn_shard_goes_on_with_the_next(folder: 
     assert source.tally.counts["torn shard"] >= 1
 
 
+def test_a_reader_that_is_dealt_an_empty_shard_waits_for_the_next_round(folder: Path) -> None:
+    paths = sorted(folder.glob("*.tar"))
+    paths[0].write_bytes(b"")
+    for rank in range(len(paths)):
+        source = StreamedShards(config(folder, batch_size=len(paths), max_bad_fraction=1.0))
+        assert len(list(itertools.islice(source.batches(rank=rank, world_size=len(paths)), 60))) == 60
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"<html>not found</html>", bytes(range(256)) * 40], ids=["0", "html", "noise"]
 )
@@ -108,7 +116,7 @@ def test_only_bad_shards_end_at_once(tmp_path: Path, content: bytes) -> None:
 def test_empty_shards_do_not_hang(tmp_path: Path) -> None:
     write_shards([{"__key__": "0", "npy": b""}], tmp_path, 1, "a")
     (tmp_path / "a-00000.tar").write_bytes(bytes(10240))
-    with pytest.raises(DataError, match="no sample in a round of shards"):
+    with pytest.raises(DataError, match="no sample in any shard"):
         taken(config(tmp_path), 1)
 
 

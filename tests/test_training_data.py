@@ -138,7 +138,7 @@ def test_a_run_stopped_in_the_middle_ends_as_one_that_was_not(
     assert Counter(sizes).keys() <= ({(8, 8), (10, 6), (6, 10)} if in_buckets else {(8, 8)})
     assert len(sizes) == 4 and (len(set(sizes)) > 1) == in_buckets
     stopped(train, monkeypatch, *flags, *how, "--run-dir", str(tmp_path / "parts"))
-    assert steps(tmp_path / "parts") == [1]
+    assert steps(tmp_path / "parts") == [1, 2]
     assert train(*flags, *how, "--run-dir", tmp_path / "parts").code == 0
     assert state(tmp_path / "parts") == state(tmp_path / "whole") and sizes[4:] == sizes[:4]
 
@@ -162,7 +162,7 @@ def test_a_streamed_run_goes_on_with_fresh_data(
     stopped(train, monkeypatch, *flags, *how)
     assert train(*flags, *how).code == 0
     assert [step for step, _ in seen] == [0, 1, 2, 3] and len({keys for _, keys in seen}) == 4
-    assert steps(tmp_path / "run") == [1, 3, 4]
+    assert steps(tmp_path / "run") == [1, 2, 3, 4]
 
 
 def test_latents_of_other_buckets_are_refused(
@@ -218,9 +218,21 @@ def test_cached_latents_that_were_made_anew_are_refused_once_they_were_learned_f
 ) -> None:
     cached, run = latents(), ("--run-dir", str(tmp_path / "run"))
     stopped(train, monkeypatch, *flags, cached, *run)
-    assert train(*flags, cached, *run, "unet_training.0.steps=3").code == 0  # notes what the checkpoint is of
     next(iter((tmp_path / "latents").glob("*.tar"))).unlink()
     assert "unet_training.0.latents: these are not" in train(*flags, cached, *run).errors[0]
+
+
+def test_the_same_holds_for_an_adaptation(
+    train: Script, flags: tuple[str, ...], latents: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, run = latents().partition("=")[2], ("--run-dir", str(tmp_path / "run"))
+    recipe = RECIPE.replace("unet_training:\n  - {", f"lora_training: {{rank: 2, latents: {where}, ").replace(
+        "fine_tune: true\n", ""
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    stopped(train, monkeypatch, "lora", *flags[1:], *run)
+    next(iter((tmp_path / "latents").glob("*.tar"))).unlink()
+    assert "lora_training.latents: these are not" in train("lora", *flags[1:], *run).errors[0]
 
 
 def test_pictures_are_encoded_in_parts_of_the_size_that_is_computed_at_once(

@@ -52,7 +52,7 @@ class IndexedShards:
         paths = find_shards(config.shards)
         further = find_shards(config.mix.shards) if config.mix is not None else []
         self.table = open_table([*paths, *further], DECODED, config.index, measure, config.max_bad_fraction)
-        self.tally = Tally(config.max_bad_fraction, min(WINDOW, len(self.table)))
+        self.tally = Tally(config.max_bad_fraction, size=len(self.table))
         self.plan = self._plan(int((self.table.shard < len(paths)).sum()))
         self.reader = Reader(self.table)
 
@@ -109,17 +109,23 @@ class IndexedShards:
 
 
 def first_good(samples: Iterable[int], read: Callable[[int], T], faults: list[Fault]) -> T:
-    """What `read` makes of the first sample that is not bad; the bad ones before it are added to `faults`."""
+    """What `read` makes of the first sample that is not bad.
+
+    If the very first is bad, that is added to `faults`; those that were to stand in for it have a place of their own.
+    """
+    tried: list[Fault] = []
     for sample in islice(samples, STAND_INS):
         try:
             return read(sample)
         except BadSample as error:
-            faults.append(error.fault)
-    raise DataError(f"{faults[-1].where}: the last of {len(faults)} bad samples in a row; prepare the data again")
+            if not tried:
+                faults.append(error.fault)
+            tried.append(error.fault)
+    raise DataError(f"{tried[-1].where}: the last of {len(tried)} bad samples in a row; prepare the data again")
 
 
 def counted(batches: Iterator[Counted], tally: Tally) -> Iterator[Counted]:
     """The batches, while their samples and faults are counted; DataError once too many were bad."""
     for batch in batches:
-        tally.add(len(batch) + len(batch.faults), batch.faults)
+        tally.add(len(batch), batch.faults)
         yield batch

@@ -184,7 +184,7 @@ class LatentShards:
         self.table = open_table(paths, (LATENT, TEXT), config.index, measure, config.max_bad_fraction)
         self.shapes, buckets = np.unique(known_dimensions(self.table.dimensions), axis=0, return_inverse=True)
         several = buckets.ravel() if len(self.shapes) > 1 else None
-        self.tally = Tally(config.max_bad_fraction, min(WINDOW, len(self.table)))
+        self.tally = Tally(config.max_bad_fraction, size=len(self.table))
         self.plan = Plan(len(self.table), config.batch_size, config.seed, several)
         self.null = read_null(paths[0].parent / NULL) if made_from.text else None
         self._reader = Reader(self.table)

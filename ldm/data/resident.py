@@ -81,7 +81,7 @@ class ResidentShards:
             memory.images[rows] = chunk.images.to(self.device)
             memory.grounds[rows] = chunk.grounds.to(self.device)
             memory.words.extend(chunk.words)
-            self.tally.add(len(chunk.words) + len(faults), faults)
+            self.tally.add(len(chunk.words), faults)
         return memory
 
     def batches(self, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[PictureBatch]:

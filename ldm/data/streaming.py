@@ -114,15 +114,15 @@ class StreamedShards:
 
     def _encoded(self, seed: str, reader: int, readers: int, tally: Tally, report: Report) -> Iterator[EncodedSample]:
         """This reader's samples, round after round."""
+        barren: set[str] = set()  # shards without a sample since the last one
         for number in itertools.count():
             order = Permutation(len(self.shards), f"shards {seed} {number}")(np.arange(len(self.shards)))
-            some = False
             for shard in (self.shards[index] for index in order[reader::readers]):
-                fault = None
+                fault, found = None, False
                 try:
                     with closing(opened(shard)) as stream:
                         for sample in shard_samples(stream, shard, report):
-                            some = True
+                            found = True
                             yield sample
                 except TornShard as error:
                     fault = error.fault
@@ -133,9 +133,10 @@ class StreamedShards:
                 if fault is not None:
                     report(fault)
                 tally.shard(shard, torn=fault is not None)
-            if not some:
+                barren = set() if found else barren | {shard}
+            if len(barren) == len(self.shards):
                 why = tally.reasons() or "they are empty"
-                raise DataError(f"{self.shards[0]}: no sample in a round of shards ({why}); prepare the data again")
+                raise DataError(f"{self.shards[0]}: no sample in any shard ({why}); prepare the data again")
 
     def _bucket(self, sample: EncodedSample) -> int:
         found = (picture_dimensions(ending, data) for ending, data in sample.items() if isinstance(data, bytes))

@@ -37,17 +37,26 @@ class BadSample(DataError):
 class Tally:
     """Counts samples as they pass. DataError once more than a share `tolerated` of the last `window` were bad.
 
-    Without a window only `end` judges. A `quiet` one names nothing: another one has named the same faults.
+    Of a set of known `size` the window is no larger, and a sample that comes twice in it, at the border of two epochs,
+    is one. Without a window only `end` judges. A `quiet` one names nothing: another one has named the same faults.
     """
 
-    def __init__(self, tolerated: float = TOLERATED, window: int | None = WINDOW, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        tolerated: float = TOLERATED,
+        window: int | None = WINDOW,
+        quiet: bool = False,
+        size: int | None = None,
+    ) -> None:
         self.tolerated = tolerated
+        self.size = size
+        window = window if window is None or size is None else min(window, size)
         self.window = window
         self.quiet = quiet
         self.seen = 0
         self.counts: Counter[str] = Counter()
-        self._recent: deque[int] = deque(maxlen=window or 0)
-        self._bad_shards = 0
+        self._recent: deque[str] = deque(maxlen=window or 0)  # where the bad ones lie, "" for good ones
+        self._bad_shards: set[str] = set()
 
     @property
     def bad(self) -> int:
@@ -57,13 +66,15 @@ class Tally:
     def add(self, seen: int, faults: Sequence[Fault] = ()) -> None:
         """Count samples, the bad ones among them by their faults."""
         self.seen += seen
-        self._recent.extend([0] * max(0, seen - len(faults)) + [1] * len(faults))
+        self._recent.extend([""] * max(0, seen - len(faults)) + [fault.where for fault in faults])
         for fault in faults:
             self.counts[fault.reason] += 1
             if not self.quiet and (self.bad <= NAMED or self.bad % 1000 == 0):
                 log.warning("%s%s", fault, "" if self.bad <= NAMED else f" (bad sample {self.bad})")
-        if faults and self.window is not None and sum(self._recent) > self.tolerated * self.window:
-            raise self._too_many(f"of {self.window}")
+        if faults and self.window is not None:
+            bad = [where for where in self._recent if where]
+            if len(bad if self.size is None else {*bad}) > self.tolerated * self.window:
+                raise self._too_many(f"of {self.window}")
 
     def again(self, seen: int, counts: Mapping[str, int]) -> None:
         """Count samples, the bad ones by reason, that an earlier run has judged and named."""
@@ -72,8 +83,8 @@ class Tally:
 
     def shard(self, name: str, torn: bool) -> None:
         """Count a shard. DataError for the third torn one in a row."""
-        self._bad_shards = self._bad_shards + 1 if torn else 0
-        if self._bad_shards >= SHARDS_IN_A_ROW:
+        self._bad_shards = self._bad_shards | {name} if torn else set()
+        if len(self._bad_shards) >= SHARDS_IN_A_ROW:
             raise DataError(
                 f"{name}: {SHARDS_IN_A_ROW} bad shards in a row ({self.reasons()}), expected whole tar files; "
                 "check the path, copy or prepare them again"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 
 from ldm import config
 from ldm.cli import warn
@@ -9,6 +10,7 @@ from ldm.data.latents import pictures_name
 from ldm.data.shards import find_shards
 from ldm.errors import DataError, ModelError, SettingError
 from ldm.files import save_text
+from ldm.training.diffusion import DiffusionTraining
 from ldm.training.recipe import Recipe
 from ldm.training.run import Run, network_digest
 from ldm.training.workers import workers
@@ -61,7 +63,8 @@ def begin(run: Run) -> None:
     save_text(path, json.dumps(about, indent=2) + "\n")
     path = run.folder / DATA
     known = json.loads(path.read_text()) if path.is_file() else {}
-    for name in sorted(known.keys() & data.keys()):
+    free = {name for name, _, learned in latent_sets(run) if not learned}
+    for name in sorted(known.keys() & data.keys() - free):
         if known[name] != data[name]:
             raise DataError(
                 f"{name}: these are not the shards that this run began with, by their names and sizes, so it would "
@@ -73,13 +76,34 @@ def begin(run: Run) -> None:
 def data_of(run: Run) -> dict[str, str]:
     """A name for the shards of each local set, which changes with their number, names and sizes.
 
-    Shards of latents count from the first checkpoint of the stage that reads them.
+    Shards of latents may be missing, and be made anew, until the first checkpoint of the stage that reads them.
     """
-    data, stages = run.recipe.data, enumerate(run.recipe.unet_training)
-    sets = {"data.shards": data.shards if data.mode == "indexed" else None}
-    sets["data.mix.shards"] = data.mix.shards if data.mix is not None else None
-    sets |= {f"unet_training.{i}.latents": one.latents for i, one in stages if run.checkpoints(f"unet-{i}").is_dir()}
-    return {name: pictures_name(find_shards(pattern)) for name, pattern in sets.items() if pattern is not None}
+    data, found = run.recipe.data, dict[str, str]()
+    if data.shards is not None and data.mode == "indexed":
+        found["data.shards"] = pictures_name(find_shards(data.shards))
+    if data.mix is not None:
+        found["data.mix.shards"] = pictures_name(find_shards(data.mix.shards))
+    for name, pattern, learned in latent_sets(run):
+        try:
+            found[name] = pictures_name(find_shards(pattern))
+        except DataError:
+            if learned:
+                raise
+    return found
+
+
+def latent_sets(run: Run) -> Iterator[tuple[str, str, bool]]:
+    """Name and pattern of each set of cached latents, and whether a checkpoint has learned from it."""
+    recipe = run.recipe
+    stages: dict[str, tuple[str, DiffusionTraining | None]] = {
+        **{f"unet_training.{i}": (f"unet-{i}", stage) for i, stage in enumerate(recipe.unet_training)},
+        "lora_training": ("lora", recipe.lora_training),
+        "inversion_training": ("inversion", recipe.inversion_training),
+        "consistency_training": ("consistency", recipe.consistency_training),
+    }
+    for section, (name, stage) in stages.items():
+        if stage is not None and stage.latents is not None:
+            yield f"{section}.latents", stage.latents, run.checkpoints(name).is_dir()
 
 
 def base_of(run: Run) -> dict[str, str]:

@@ -81,8 +81,9 @@ def train(
         update, source = Update(learner, network, objective, config, parts, groups, me), batches(start)
     for step in range(start, config.steps):
         began = time.perf_counter()
-        torch.manual_seed(key(seed, step, f"rank {me.rank}"))  # for what draws by itself: dropout
         batch = next(source).to(me.device)
+        # For what draws by itself: dropout. Behind the data, since its first batch draws a seed for its workers.
+        torch.manual_seed(key(seed, step, f"rank {me.rank}"))
         buffers = [buffer.clone() for buffer in learner.module.buffers()]
         values = update.gradients(batch, Draws(seed, step, config.batch_size, me.device))
         norm, rate = update.clip(), learning_rate(step, config)
@@ -96,10 +97,10 @@ def train(
         due = learner.bad == 0 and (done % config.save_every == 0 or done == config.steps)
         if due or signal:
             save(done, learner, folder, config, me, due)
-        if signal and done < config.steps:
-            raise Stopped(signal)
         speed = config.batch_size / (time.perf_counter() - began)
         yield Report(done, config.steps, scalars, rate, norm, speed, learner.skipped, lambda: averaged_weights(learner))
+        if signal and done < config.steps:
+            raise Stopped(signal)
     finish(module, learner)
 
 

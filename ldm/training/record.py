@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import math
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +32,21 @@ def trackers(chosen: Reporter | None, name: str, folder: Path) -> list[GeneralTr
     kind = chosen or "tensorboard"
     if importlib.util.find_spec(kind) is None:
         raise SettingError(f"--report-to: {kind} is not installed; pip install '.[{kind}]', or leave the flag out")
-    tracker = WandBTracker(name) if kind == "wandb" else TensorBoardTracker("tensorboard", folder)
     try:
+        tracker = wandb_tracker(name, folder) if kind == "wandb" else TensorBoardTracker("tensorboard", folder)
         tracker.start()
     except OSError as error:
         warn(f"{folder}: {kind} cannot write there ({error.strerror}); training goes on without it")
         return []
     return [tracker]
+
+
+def wandb_tracker(name: str, folder: Path) -> WandBTracker:
+    """The tracker of the W&B run that this folder began, if it has: a run that goes on is the same one there."""
+    noted = folder / "wandb.txt"
+    if not noted.is_file():
+        save_text(noted, uuid.uuid4().hex[:8] + "\n")
+    return WandBTracker(name, id=noted.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder))
 
 
 class Record:
@@ -58,6 +68,7 @@ class Record:
         self.bad_samples = bad_samples
         self._said = -STATUS_EVERY_SECONDS
         self._began: dict[str, tuple[float, int]] = {}
+        self._defined: set[str] = set()
 
     def step(self, stage: str, report: Report) -> None:
         """Write down one step."""
@@ -71,9 +82,9 @@ class Record:
             "skipped": report.skipped,
         }
         bad = {"bad_samples": found} if (found := self.bad_samples()) else {}
-        self._append({"stage": stage, "step": report.step, "time": round(time.time(), 1), **numbers, **bad})
+        self._append({"stage": stage, "step": report.step, "time": round(time.time(), 1), **_json(numbers), **bad})
         for tracker in self.watching:
-            tracker.log({f"{stage}/{name}": value for name, value in numbers.items()}, step=report.step)
+            self._tell(tracker, stage, report.step, numbers)
         if time.monotonic() - self._said >= STATUS_EVERY_SECONDS or report.step == report.total:
             began, first = self._began.setdefault(stage, (time.monotonic(), report.step))
             pace = (time.monotonic() - began) / max(1, report.step - first)
@@ -84,7 +95,7 @@ class Record:
         """Say in status.json what the run is doing: training, saved, failed or finished."""
         self._said = time.monotonic()
         who = {"state": state, "rank": self.me.rank, "world": self.me.world, "pid": os.getpid()}
-        about = {**who, "time": time.time(), "bad_samples": self.bad_samples(), **facts}
+        about = {**who, "time": time.time(), "bad_samples": self.bad_samples(), **_json(facts)}
         try:
             save_text(self.folder / "status.json", json.dumps(about, indent=2) + "\n")
         except OSError as error:
@@ -97,7 +108,25 @@ class Record:
         except OSError as error:
             warn(f"{self.folder}/log.jsonl: {error.strerror}; this step is not in it")
 
+    def _tell(self, tracker: GeneralTracker, stage: str, step: int, numbers: Mapping[str, float]) -> None:
+        """Tell a tracker the numbers of a step. Each stage counts from 1, and W&B drops what is behind."""
+        values = {f"{stage}/{name}": value for name, value in numbers.items()}
+        if not isinstance(tracker, WandBTracker):
+            tracker.log(values, step=step)
+            return
+        if stage not in self._defined:
+            tracker.tracker.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._defined.add(stage)
+        tracker.log({**values, f"{stage}/step": step})
+
     def close(self) -> None:
         """End what watches."""
         for tracker in self.watching:
             tracker.finish()
+
+
+def _json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts with null for numbers that are not finite, which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in facts.items()
+    }

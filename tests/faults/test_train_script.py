@@ -3,9 +3,13 @@
 import fcntl
 import itertools
 import json
+import math
 import os
 import signal
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +22,8 @@ from ldm.data.shards import write_shards
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
 from ldm.training import latents, record, update
+from ldm.training.loop import Report
+from ldm.training.workers import workers
 
 
 @pytest.fixture
@@ -108,7 +114,7 @@ def test_what_is_free_to_change_is_taken_from_there_on(
     ended = train(*flags, "unet_training.0.decay=0", *changed)
     assert ended.code == 0 and "learning_rate was 0.001 and is 0.0005 from here on" in ended.err
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [row["learning_rate"] for row in rows] == [0.001, 0.0005, 0.0005]
+    assert [row["learning_rate"] for row in rows] == [0.001, 0.001, 0.0005, 0.0005]
     kept = {path.name for path in (tmp_path / "run" / "checkpoints" / "unet-0").glob("step_*")}
     assert kept == {"step_00000003", "step_00000004"}
     assert (tmp_path / "run" / "latents" / "28.safetensors").stat().st_mtime_ns == made, "they are the same latents"
@@ -156,7 +162,7 @@ def test_a_signal_saves_and_ends_with_75(
     assert (tmp_path / "run" / "checkpoints" / "unet-0" / "step_00000002").is_dir()
     assert train(*flags).code == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 3, 4], "the step that was under way is not reported, but done"
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 
 def test_checkpoints_of_which_none_is_whole_end_with_4(train: Script, recipe: Path, tmp_path: Path) -> None:
@@ -260,6 +266,58 @@ def test_a_folder_that_tensorboard_cannot_write_to_is_said(tmp_path: Path, capsy
     (tmp_path / "tensorboard").write_text("a file")
     assert record.trackers("tensorboard", "tiny", tmp_path) == []
     assert "tensorboard cannot write there" in capsys.readouterr().err
+
+
+class FakeRun:
+    """A run of W&B that keeps what it is told."""
+
+    def __init__(self, **how: Any) -> None:
+        self.how, self.defined, self.logged = how, list[tuple[str, str]](), list[tuple[dict[str, Any], int | None]]()
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.defined.append((name, step_metric))
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self.logged.append((values, step))
+
+
+def test_stages_that_count_from_one_are_one_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = ModuleType("wandb")
+    fake.__spec__ = ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(fake, "init", FakeRun, raising=False)
+    for stages in (("vae", "unet"), ("unet",)):  # and the second time it goes on
+        (tracker,) = record.trackers("wandb", "tiny", tmp_path)
+        kept = record.Record(tmp_path, workers(), [tracker])
+        for stage in stages:
+            for step in (1, 2):
+                kept.step(stage, Report(step, 3, {"loss": math.nan}, 1e-3, 1.0, 5.0, 0, dict))
+        run = tracker.tracker
+        assert run.how["project"] == "tiny" and run.how["resume"] == "allow" and run.how["dir"] == str(tmp_path)
+        assert run.how["id"] == (tmp_path / "wandb.txt").read_text().strip()
+        assert run.defined == [(f"{stage}/*", f"{stage}/step") for stage in stages]
+        told = [values[f"{stage}/step"] for stage in stages for values, _ in run.logged if f"{stage}/loss" in values]
+        assert told == [1, 2] * len(stages)
+        assert {step for _, step in run.logged} == {None}, "W&B drops what is behind its last step"
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    kept = record.Record(tmp_path, workers())
+    kept.step("unet", Report(3, 3, {"loss": math.nan}, 1e-3, math.inf, 5.0, 1, dict))
+    for file in ("log.jsonl", "status.json"):
+        row = json.loads((tmp_path / file).read_text(), parse_constant=lambda name: pytest.fail(name))
+        assert row["loss"] is None and row["grad_norm"] is None and row["skipped"] == 1
+
+
+def test_what_ends_a_run_before_it_begins_is_in_its_status(train: Script, recipe: Path, tmp_path: Path) -> None:
+    flags = ("unet", "--config", recipe, "--run-dir", tmp_path / "run")
+    assert train(*flags).code == 0
+    status = tmp_path / "run" / "status.json"
+    assert json.loads(status.read_text())["state"] == "finished"
+    ended = train(*flags, "data.digits=null", f"data.shards={tmp_path / 'not mounted'}")
+    assert ended.code == 3
+    said = json.loads(status.read_text())
+    assert said["state"] == "failed" and "not mounted" in said["error"]
 
 
 def test_a_bug_is_a_failure_too(train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
