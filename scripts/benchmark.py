@@ -240,13 +240,13 @@ def memory_of_decoding(program: str, dtype: str, device: str, side: int) -> int:
     from ldm.evaluation.processes import memory_beside
     from ldm.evaluation.stand_in import shapes, their_autoencoder
     from ldm.machine import keep_freed_memory
-    from ldm.models.text import open_clip_module
+    from ldm.models.text import import_torchvision
 
     ours = program == "ldm"
     if ours:
         keep_freed_memory()
     else:
-        open_clip_module()
+        import_torchvision()
     decoder: Any = shapes().autoencoder.to_empty(device="cpu") if ours else their_autoencoder().eval()
     decoder.requires_grad_(False).to(device, getattr(torch, dtype))
     for parameter in decoder.parameters():

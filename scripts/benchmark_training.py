@@ -208,9 +208,9 @@ def theirs(config: "ModelConfig", given: Given) -> Callable[[], object]:
     import torch
     import torch.nn.functional as F
 
-    from ldm.models.text import open_clip_module
+    from ldm.models.text import import_torchvision
 
-    open_clip_module()  # makes torchvision importable beside a CPU-only PyTorch; diffusers imports it too
+    import_torchvision()  # which diffusers does too, and cannot by itself beside a CPU-only PyTorch
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     shape = config.unet

@@ -297,7 +297,7 @@ def sample(this: "Run", bundle: "Bundle", report: "Report", stage: str, side: in
     from ldm.training.preflight import sample_request
     from ldm.training.stages import averaged
 
-    if report.step % this.recipe.sample_every and report.step != report.total:
+    if report.stopping or (report.step % this.recipe.sample_every and report.step != report.total):
         return
     drawing = averaged(bundle, report)
     if drawing is None:

@@ -167,7 +167,8 @@ def test_a_child_that_inherits_the_handlers_dies_of_a_signal() -> None:
 
     def waits() -> None:
         ready.set()
-        time.sleep(60)
+        while True:  # a signal just before a sleep is handled behind it
+            time.sleep(0.1)
 
     with caught() as stop:
         child = context.Process(target=waits)
@@ -175,6 +176,7 @@ def test_a_child_that_inherits_the_handlers_dies_of_a_signal() -> None:
         assert ready.wait(30) and child.pid is not None
         os.kill(child.pid, signal.SIGTERM)
         child.join(30)
+        child.kill()
     assert child.exitcode == -signal.SIGTERM and stop.number == 0
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import environment
+from helpers import environment, few
 from PIL import Image
 from tiny_training import trained
 
@@ -22,6 +23,7 @@ from ldm import config as configuration
 from ldm.bundle import Bundle
 from ldm.data.shards import write_shards
 from ldm.errors import SettingError
+from ldm.training import checkpoint
 from ldm.training.batch import Batch, Draws
 from ldm.training.loop import Conduct
 from ldm.training.optimization import OptimizationConfig, micro_batches
@@ -61,7 +63,7 @@ def two(*trainings: tuple[str, Path, str]) -> list[list[dict[str, float]]]:
     return [json.loads((folder / "losses.json").read_text()) for _, folder, _ in trainings]
 
 
-@pytest.mark.parametrize("cases", [SHARED[:4], pytest.param(SHARED[4:], marks=pytest.mark.slow)], ids=["few", "rest"])
+@pytest.mark.parametrize("cases", few([SHARED[:4], SHARED[4:]], SHARED[:4]), ids=["few", "rest"])
 def test_two_processes_with_four_each_are_one_with_eight(cases: list[tuple[str, str]], tmp_path: Path) -> None:
     found = two(*[(kind, tmp_path / f"{kind} {setting}", setting) for kind, setting in cases])
     for (kind, setting), together in zip(cases, found, strict=True):
@@ -121,6 +123,28 @@ def test_a_loss_that_is_no_number_on_one_process_is_left_out_by_both_and_named(t
     assert len(lines) == 1 and re.search(r"step 3: loss nan on rank 1, timesteps \d.*samples picture \d", lines[0])
     after = json.loads((tmp_path / "two" / "losses.json").read_text())
     assert len(after) == 5 and after[3]["loss"] > 0
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_the_state_of_both(tmp_path: Path) -> None:
+    """With the flags that docs/training.md gives, which torchrun has for this."""
+    flags = ("--shutdown-timeout=600", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")
+    (said,) = re.findall(r"`(--shutdown-timeout.*?)`", (ROOT / "docs/training.md").read_text(encoding="utf-8"))
+    assert said == " ".join(flags)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
+    training = [str(PROGRAM), "unet", str(tmp_path / "two"), "steps=100000", "save_every=100000"]
+    running = subprocess.Popen(
+        [sys.executable, *launcher, *training], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert running.stdout is not None
+        assert next(line for line in running.stdout if line.startswith("step"))
+        running.send_signal(signal.SIGUSR1)
+        running.communicate(timeout=400)
+    finally:
+        running.kill()
+    saved = checkpoint.newest(tmp_path / "two")
+    assert saved is not None and checkpoint.verify_manifest(saved) is None
 
 
 # What ends the second process in its third step, and what is said of it. scripts/train.py runs in each.

@@ -41,7 +41,7 @@ def stopped_after(kind: str, folder: Path, reports: int) -> None:
     for _ in range(reports):
         next(running)
     stop.note(signal.SIGUSR1, None)
-    assert next(running).step
+    assert next(running).stopping
     with pytest.raises(Stopped, match="SIGUSR1"):
         next(running)
 

@@ -225,14 +225,12 @@ def test_cached_latents_that_were_made_anew_are_refused_once_they_were_learned_f
 def test_the_same_holds_for_an_adaptation(
     train: Script, flags: tuple[str, ...], latents: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where, run = latents().partition("=")[2], ("--run-dir", str(tmp_path / "run"))
-    recipe = RECIPE.replace("unet_training:\n  - {", f"lora_training: {{rank: 2, latents: {where}, ").replace(
-        "fine_tune: true\n", ""
-    )
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    stopped(train, monkeypatch, "lora", *flags[1:], *run)
+    latents()
+    lora = f"lora_training={{side: 64, steps: 4, batch_size: 4, learning_rate: 1e-3, latents: {tmp_path / 'latents'}}}"
+    given = ("lora", *flags[1:], lora, "--run-dir", str(tmp_path / "run"))
+    stopped(train, monkeypatch, *given)
     next(iter((tmp_path / "latents").glob("*.tar"))).unlink()
-    assert "lora_training.latents: these are not" in train("lora", *flags[1:], *run).errors[0]
+    assert "lora_training.latents: these are not" in train(*given).errors[0]
 
 
 def test_pictures_are_encoded_in_parts_of_the_size_that_is_computed_at_once(

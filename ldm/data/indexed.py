@@ -113,15 +113,14 @@ def first_good(samples: Iterable[int], read: Callable[[int], T], faults: list[Fa
 
     If the very first is bad, that is added to `faults`; those that were to stand in for it have a place of their own.
     """
-    tried: list[Fault] = []
-    for sample in islice(samples, STAND_INS):
+    for tried, sample in enumerate(islice(samples, STAND_INS), 1):
         try:
             return read(sample)
         except BadSample as error:
-            if not tried:
-                faults.append(error.fault)
-            tried.append(error.fault)
-    raise DataError(f"{tried[-1].where}: the last of {len(tried)} bad samples in a row; prepare the data again")
+            last = error.fault
+            if tried == 1:
+                faults.append(last)
+    raise DataError(f"{last.where}: the last of {tried} bad samples in a row; prepare the data again")
 
 
 def counted(batches: Iterator[Counted], tally: Tally) -> Iterator[Counted]:

@@ -98,22 +98,26 @@ def open_clip_module() -> Any:
     return open_clip
 
 
-def import_torchvision() -> None:
+@cache
+def import_torchvision() -> torch.library.Library | None:
     """Import torchvision, also one that lacks its compiled operators.
 
     From PyPI next to a CPU-only torch it fails while it registers `nms`; declaring the two operators first makes the
-    import work. Nothing here calls them.
+    import work. Nothing here calls them. The declarations live as long as what is returned: in the cache, for ever.
     """
     try:
         import torchvision
+
+        return None
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_torchvision.keep = library  # type: ignore[attr-defined]  # declarations live as long as this object
         import torchvision  # noqa: F401
+
+        return library
 
 
 @cache

@@ -42,7 +42,9 @@ def begin(run: Run) -> None:
     for other shards, also where another process sees others.
     """
     data = data_of(run)
-    if any(other != data for other in workers().gathered(data)):
+    free = {name for name, _, learned in latent_sets(run) if not learned}
+    settled = {name: shards for name, shards in data.items() if name not in free}
+    if any(other != settled for other in workers().gathered(settled)):
         raise DataError(
             "data: the processes do not see the same shards, by their names and sizes; mount the same folder on every "
             "machine"
@@ -63,9 +65,8 @@ def begin(run: Run) -> None:
     save_text(path, json.dumps(about, indent=2) + "\n")
     path = run.folder / DATA
     known = json.loads(path.read_text()) if path.is_file() else {}
-    free = {name for name, _, learned in latent_sets(run) if not learned}
-    for name in sorted(known.keys() & data.keys() - free):
-        if known[name] != data[name]:
+    for name in sorted(known.keys() & settled.keys()):
+        if known[name] != settled[name]:
             raise DataError(
                 f"{name}: these are not the shards that this run began with, by their names and sizes, so it would "
                 "see others in another order; put those back, or use another --run-dir"

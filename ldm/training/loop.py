@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ Batches = Callable[[int], Iterator[Batch]]
 class Report:
     """What one training step did. `step` counts from 1 to `total`; `rate` is samples per second.
 
-    `averages()` gives the averaged weights of this moment, by name, on the CPU; every process must ask.
+    `averages()` gives the averaged weights of this moment, by name, on the CPU; every process must ask. Where it is
+    `stopping`, a signal has asked all processes to stop, the state is saved, and the end must not wait for anything.
     """
 
     step: int
@@ -44,6 +46,7 @@ class Report:
     rate: float
     skipped: int
     averages: Callable[[], dict[str, Tensor]]
+    stopping: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,10 @@ def train(
         due = learner.bad == 0 and (done % config.save_every == 0 or done == config.steps)
         if due or signal:
             save(done, learner, folder, config, me, due)
-        speed = config.batch_size / (time.perf_counter() - began)
-        yield Report(done, config.steps, scalars, rate, norm, speed, learner.skipped, lambda: averaged_weights(learner))
-        if signal and done < config.steps:
+        speed, stopping = config.batch_size / (time.perf_counter() - began), bool(signal) and done < config.steps
+        averages = partial(averaged_weights, learner)
+        yield Report(done, config.steps, scalars, rate, norm, speed, learner.skipped, averages, stopping)
+        if stopping:
             raise Stopped(signal)
     finish(module, learner)
 

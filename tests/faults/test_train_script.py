@@ -156,8 +156,11 @@ def test_a_signal_saves_and_ends_with_75(
     train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("unet", "--config", recipe, "--run-dir", tmp_path / "run", "unet_training.0.save_every=100")
-    ended = interrupted(train, monkeypatch, *flags)
+    drawn: list[int] = []
+    monkeypatch.setattr("ldm.training.stages.averaged", lambda bundle, report: drawn.append(report.step))
+    ended = interrupted(train, monkeypatch, *flags, "sample_every=1")
     assert ended.code == 75 and "stopped by SIGTERM; the state is saved" in ended.err
+    assert drawn == [1], "who waits for the end does not wait for pictures"
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "saved"
     assert (tmp_path / "run" / "checkpoints" / "unet-0" / "step_00000002").is_dir()
     assert train(*flags).code == 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from browsing import Server
+from helpers import few
 
 gradio_client = pytest.importorskip("gradio_client")
 
@@ -177,14 +178,7 @@ def test_the_client_on_the_about_screen_runs(server: Server, capsys: pytest.Capt
     assert CLIENT in (ROOT / "docs/app.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param((), marks=pytest.mark.slow),
-        ("--listen",),
-        pytest.param(("--listen", "--auth", "ada:secret"), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("flags", few([(), ("--listen",), ("--listen", "--auth", "ada:secret")], ("--listen",)))
 def test_the_app_opens_warns_where_everybody_may_draw_and_leaves_nothing_behind(
     tiny_folder: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
