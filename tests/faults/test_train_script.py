@@ -289,9 +289,10 @@ def test_stages_that_count_from_one_are_one_run_of_wandb(tmp_path: Path, monkeyp
     fake.__spec__ = ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(fake, "init", FakeRun, raising=False)
+    me = workers()  # before any tracker: accelerate's ask who they are
     for stages in (("vae", "unet"), ("unet",)):  # and the second time it goes on
         (tracker,) = record.trackers("wandb", "tiny", tmp_path)
-        kept = record.Record(tmp_path, workers(), [tracker])
+        kept = record.Record(tmp_path, me, [tracker])
         for stage in stages:
             for step in (1, 2):
                 kept.step(stage, Report(step, 3, {"loss": math.nan}, 1e-3, 1.0, 5.0, 0, dict))
