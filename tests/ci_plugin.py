@@ -1,4 +1,7 @@
-"""In CI a parity or browser test that skips itself has failed: there, everything it needs must be installed."""
+"""In CI a parity or browser test that skips itself has failed: there, everything it needs must be installed.
+
+What failed is told at once there, and not only at the end, which a run that is cut off does not reach.
+"""
 
 import os
 import re
@@ -17,6 +20,23 @@ def _fail(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 def _in_ci() -> bool:
     return os.environ.get("CI") == "true"
+
+
+class Teller:
+    """Writes each failure when it happens."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal:  # the workers of xdist have no terminal
+            terminal.write_line(f"\n{report.nodeid} failed after {report.duration:.0f} s\n{report.longreprtext}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _in_ci():
+        config.pluginmanager.register(Teller(config))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -23,5 +23,6 @@ def test_a_skipped_parity_test_fails_in_ci_and_only_there(tmp_path: Path, ci: st
     options = ["-p", "ci_plugin", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert bool(ci) == ("test_inside.py::test_it failed after 0 s\nskipped in CI" in done.stdout)
     assert closing in done.stdout.splitlines()[-1]
     assert bool(done.returncode) == bool(ci)
