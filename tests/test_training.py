@@ -23,7 +23,7 @@ from ldm.errors import DataError, NotFiniteError, SettingError
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
-from ldm.training import checkpoint, latents, stages
+from ldm.training import checkpoint, latents, stages, state
 from ldm.training.autoencoder import (
     AutoencoderTraining,
     Reconstruction,
@@ -44,7 +44,8 @@ from ldm.training.recipe import Recipe
 from ldm.training.run import Run, model_so_far
 from ldm.training.source import DataConfig
 from ldm.training.stages import averaged, finish, latents_stage, unet_stage
-from ldm.training.update import Losses
+from ldm.training.update import Losses, Update
+from ldm.training.workers import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = OptimizationConfig(
@@ -96,6 +97,27 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path:
         list(train(model, poisoned, numbers, QUICK, tmp_path, seed=1))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert checkpoint.newest(tmp_path) is None
+
+
+def test_more_than_ten_bad_updates_of_the_last_thousand_stop_the_run_also_after_a_resume(tmp_path: Path) -> None:
+    def poisoned(module: nn.Module, batch: Batch, draws: Draws) -> Losses:
+        losses = squared(module, batch, draws)
+        return {"loss": losses["loss"] * (math.nan if draws.step % 2 else 1.0)}
+
+    config = QUICK.model_copy(update={"steps": 40, "save_every": 5})
+    for report in train(Line(), poisoned, numbers, config, tmp_path, seed=1):
+        if report.step == 16:
+            break
+    with pytest.raises(NotFiniteError, match=r"^step 22: .*: 11 of the last 1000 updates"):
+        list(train(Line(), poisoned, numbers, config, tmp_path, seed=1))
+
+
+def test_bad_updates_of_long_ago_are_forgotten() -> None:
+    update = Update(state.trainee(Line(), QUICK), Line(), squared, QUICK, [], [], workers())
+    for step in range(1, 3001, 100):
+        update.learner.bad = 0
+        update.leave_out(step, [], f"step {step}")
+    assert update.learner.skipped == 30 and len(update.learner.bad_lately) == 10
 
 
 def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:

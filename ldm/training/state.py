@@ -29,8 +29,9 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     averages: tuple[EMA, ...]
     scale: LossScale
-    # Updates that were not finite and therefore left out: in a row, and in all.
+    # Updates that were not finite and therefore left out: in a row, the steps of those lately, and in all.
     bad: int = 0
+    bad_lately: list[int] = field(default_factory=list)
     skipped: int = 0
     # Losses since the last checkpoint, their sum and number, and the lowest mean of such a window.
     window: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -102,6 +103,7 @@ def capture(step: int, of: Trainee, world: int) -> Checkpoint:
         "ema_updates": of.averages[0].updates,
         "loss_scale": [of.scale.value, of.scale.good],
         "bad": of.bad,
+        "bad_lately": list(of.bad_lately),
         "skipped": of.skipped,
         "window": list(of.window),
         "best": of.best,
@@ -129,6 +131,7 @@ def restore(saved: Checkpoint, into: Trainee) -> None:
             into.optimizer.state[parameter] = {key: _moment(parameter, value) for key, value in moments.items()}
     into.scale.value, into.scale.good = saved.numbers["loss_scale"]
     into.bad, into.skipped = saved.numbers["bad"], saved.numbers["skipped"]
+    into.bad_lately = list(saved.numbers.get("bad_lately", []))
     into.window, into.best = list(saved.numbers["window"]), saved.numbers["best"]
 
 

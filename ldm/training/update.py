@@ -17,6 +17,8 @@ from ldm.training.state import Trainee
 from ldm.training.workers import Workers
 
 MAX_BAD_STEPS = 5
+LATELY = 1000
+MAX_BAD_LATELY = 10
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Losses = dict[str, Tensor]
@@ -69,24 +71,31 @@ class Update:
         self.learner.bad = 0
         self.learner.window = [self.learner.window[0] + loss, self.learner.window[1] + 1]
 
-    def leave_out(self, buffers: list[Tensor], words: str) -> None:
+    def leave_out(self, step: int, buffers: list[Tensor], words: str) -> None:
         """Step over an update that is not finite, say so, and put back the buffers that its forward pass changed.
 
-        Raises NotFiniteError where this can only go on: too many in a row, or fp16's scale below 1. An overflow that
-        lowers the scale is how fp16 finds it, and no fault.
+        Raises NotFiniteError where this can only go on: too many in a row or of the last thousand, or fp16's scale
+        below 1. An overflow that lowers the scale is how fp16 finds it, and no fault. `step` counts from 1.
         """
         learner = self.learner
         for buffer, before in zip(learner.module.buffers(), buffers, strict=True):
             buffer.copy_(before)
         learner.scale.update(finite=False)
         learner.skipped += 1
-        learner.bad += not learner.scale.moves
+        if not learner.scale.moves:
+            learner.bad += 1
+            learner.bad_lately = [bad for bad in learner.bad_lately if bad > step - LATELY] + [step]
         if self.me.main:
             warn(f"{words}; this update is skipped, the {learner.skipped}. of the run")
         if learner.bad >= MAX_BAD_STEPS:
             raise NotFiniteError(
                 f"{words}: {learner.bad} updates in a row were not finite; lower the learning rate or look at these "
                 "samples; the checkpoint before them is kept"
+            )
+        if len(learner.bad_lately) > MAX_BAD_LATELY:
+            raise NotFiniteError(
+                f"{words}: {len(learner.bad_lately)} of the last {LATELY} updates were not finite; lower the learning "
+                "rate or look at these samples; the last checkpoint is kept"
             )
         if learner.scale.value < 1.0:
             raise NotFiniteError(f"{words}: fp16's loss scale fell below 1; use precision=bf16 or no")
