@@ -46,7 +46,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--base", metavar="NAME|PATH", help="the model that gives the parts that are not trained here")
     made.add_argument("--train-data", metavar="GLOB", help="shards to use instead of the recipe's")
     made.add_argument("--minutes", type=float, metavar="N", help="save and end with exit code 75 after so long")
-    made.add_argument("--report-to", choices=("tensorboard", "wandb", "none"), help="default: TensorBoard if installed")
+    made.add_argument("--report-to", choices=("tensorboard", "wandb", "none"), help="default: tensorboard")
     made.add_argument("--dist-timeout", type=float, default=600.0, metavar="SECONDS", help="how long processes wait")
     made.add_argument("--allow-world-size-change", action="store_true", help="resume on another number of processes")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")

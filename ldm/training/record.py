@@ -23,7 +23,7 @@ Reporter = Literal["tensorboard", "wandb", "none"]
 
 
 def trackers(chosen: Reporter | None, name: str, folder: Path) -> list[GeneralTracker]:
-    """The tracker that was asked for, running; by default TensorBoard, where it is installed.
+    """The tracker that was asked for, running; by default TensorBoard, which an install without dependencies may lack.
 
     Raises SettingError for one that is asked for and not installed.
     """
@@ -31,7 +31,8 @@ def trackers(chosen: Reporter | None, name: str, folder: Path) -> list[GeneralTr
         return []
     kind = chosen or "tensorboard"
     if importlib.util.find_spec(kind) is None:
-        raise SettingError(f"--report-to: {kind} is not installed; pip install '.[{kind}]', or leave the flag out")
+        install = "tensorboard" if kind == "tensorboard" else "'.[wandb]'"
+        raise SettingError(f"--report-to: {kind} is not installed; pip install {install}, or leave the flag out")
     try:
         tracker = wandb_tracker(name, folder) if kind == "wandb" else TensorBoardTracker("tensorboard", folder)
         tracker.start()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Ended, Script, tiny_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_distributed import DIGITS, samples
 
 from ldm.bundle import Bundle
@@ -264,8 +265,20 @@ def test_a_log_that_is_removed_and_a_clock_that_jumps_do_not_end_the_run(
     assert [row["step"] for row in rows] == [3, 4] and all(row["rate"] > 0 for row in rows)
 
 
+def test_tensorboard_is_told_every_number_unless_another_is_chosen(tmp_path: Path) -> None:
+    me = workers()  # before any tracker: accelerate's ask who they are
+    (tracker,) = record.trackers(None, "tiny", tmp_path)
+    kept = record.Record(tmp_path, me, [tracker])
+    for step in (1, 2):
+        kept.step("unet", Report(step, 2, {"loss": 1.0 / step}, 1e-3, 1.0, 5.0, 0, dict))
+    kept.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("unet/loss")] == [(1, 1.0), (2, 0.5)]
+    assert {"unet/learning_rate", "unet/grad_norm", "unet/rate", "unet/skipped"} < set(read.Tags()["scalars"])
+    assert record.trackers("none", "tiny", tmp_path) == []
+
+
 def test_a_folder_that_tensorboard_cannot_write_to_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file")
     assert record.trackers("tensorboard", "tiny", tmp_path) == []
     assert "tensorboard cannot write there" in capsys.readouterr().err
