@@ -1,6 +1,7 @@
 """Training resumes where it was, averages as its formula says, and goes from nothing to a bundle that draws."""
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from ldm.training.autoencoder import (
 )
 from ldm.training.batch import Batch, Draws
 from ldm.training.clip import contrastive_loss
+from ldm.training.diffusion import DiffusionTraining, latent_batches
 from ldm.training.ema import EMA
 from ldm.training.latents import LatentCache
 from ldm.training.loop import train
@@ -199,12 +201,29 @@ def test_autoencoder_learns_colours_and_knows_its_statistics(tmp_path: Path) -> 
 
 
 def test_latents_are_cached_for_what_they_were_made_from_only(tmp_path: Path) -> None:
-    cache = LatentCache(torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2), torch.randn(2, 5, 8), torch.tensor([0, 0, 1]))
-    latents.save(tmp_path / "a.safetensors", cache, {"of": "this"})
-    loaded = latents.load(tmp_path / "a.safetensors", {"of": "this"})
-    assert loaded is not None and torch.equal(loaded.conditions, cache.conditions)
+    tensors = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2), torch.randn(2, 5, 8), torch.tensor([0, 0, 1])
+    for keys in ((), ("00001", "ein Hügel", "c")):
+        cache = LatentCache(*tensors, keys)
+        latents.save(tmp_path / "a.safetensors", cache, {"of": "this"})
+        loaded = latents.load(tmp_path / "a.safetensors", {"of": "this"})
+        assert loaded is not None and torch.equal(loaded.conditions, cache.conditions) and loaded.keys == keys
     assert latents.load(tmp_path / "a.safetensors", {"of": "that"}) is None
     assert latents.load(tmp_path / "b.safetensors", {"of": "this"}) is None
+
+
+def test_every_picture_of_a_cache_is_used_once_an_epoch_and_named() -> None:
+    n, config = 7, DiffusionTraining(steps=1, batch_size=4, learning_rate=1.0, side=16)
+    numbers = torch.arange(float(n)).reshape(n, 1, 1, 1)
+    cache = LatentCache(numbers, numbers, torch.zeros(1, 1, 1), torch.zeros(n, dtype=torch.long))
+    named = replace(cache, keys=tuple("abcdefg"))
+    steps = [next(latent_batches(named, config, seed=3)(step)) for step in range(14)]
+    epochs = torch.cat([batch.rows[0].flatten() for batch in steps]).reshape(-1, n)
+    assert all(sorted(epoch.tolist()) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == len(epochs), "the order changes"
+    assert "".join(steps[0].keys) == "".join("abcdefg"[int(i)] for i in steps[0].rows[0].flatten())
+    following = itertools.islice(latent_batches(cache, config, seed=3)(0), 14)
+    assert all(torch.equal(a.rows[0], b.rows[0]) for a, b in zip(following, steps, strict=True))
+    assert next(latent_batches(cache, config, seed=3)(0)).keys[0].startswith("picture ")
 
 
 def digits_recipe() -> Recipe:
@@ -311,6 +330,7 @@ def test_encoding_that_is_stopped_goes_on_behind_its_last_part(tmp_path: Path, m
     found = progress[-1]
     assert isinstance(found, LatentCache) and isinstance(expected, LatentCache)
     assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in latents.TENSORS)
+    assert found.keys == expected.keys and len(set(found.keys)) == len(found)
     assert sorted(path.name for path in (parts.folder / "latents").iterdir()) == ["16.json", "16.safetensors"]
 
 
@@ -320,12 +340,14 @@ def test_joined_caches_keep_each_picture_with_its_caption() -> None:
         n, m = len(captions), max(captions) + 1
         numbers = torch.arange(first, first + n).float().reshape(n, 1, 1, 1)
         conditions = torch.tensor([*(10.0 * first + i for i in range(m)), -1.0]).reshape(m + 1, 1, 1)
-        return LatentCache(numbers, numbers / 2, conditions, torch.tensor(captions))
+        keys = tuple(f"key {first + i}" for i in range(n))
+        return LatentCache(numbers, numbers / 2, conditions, torch.tensor(captions), keys)
 
     whole = latents.joined([part(0, [0, 1, 0]), part(3, [0, 0, 2, 1])])
     assert whole.mean.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert whole.conditions[whole.caption].flatten().tolist() == [0, 1, 0, 30, 30, 32, 31]
     assert whole.conditions.flatten().tolist() == [0, 1, 30, 31, 32, -1]
+    assert whole.keys == tuple(f"key {i}" for i in range(7))
 
 
 def test_a_text_tower_learns_from_captions_only() -> None:

@@ -1,6 +1,8 @@
 """The UNet's objective: the squared error of its prediction on latents (or pictures, in pixel space)."""
 
+import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -69,22 +71,25 @@ class UNetTraining(DiffusionTraining):
 
 
 def latent_batches(cache: LatentCache, config: DiffusionTraining, seed: int) -> Batches:
-    """Batches of (mean, std, condition), and the null condition, from any step on: order = permutation(seed, epoch)."""
-    mine = workers().share(config.batch_size)
+    """Batches of (mean, std, condition), and the null condition, from any step on: order = permutation(seed, epoch).
+
+    An epoch is every picture once; its last ones share a batch with the first of the next.
+    """
+    mine, size, pictures = workers().share(config.batch_size), config.batch_size, len(cache)
+
+    @lru_cache(2)
+    def order(epoch: int) -> Int[Tensor, " n"]:
+        return torch.randperm(pictures, generator=step_generator(seed, epoch))
 
     def batches(start: int) -> Iterator[Batch]:
-        step = start
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
-        per_epoch = len(cache) // config.batch_size
-        while True:
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = torch.randperm(len(cache), generator=step_generator(seed, epoch))
-            position = (step % per_epoch) * config.batch_size
-            chosen = order[position : position + config.batch_size][mine]
+        for step in itertools.count(start):
+            places = torch.arange(step * size, (step + 1) * size)
+            epochs = range(int(places[0]) // pictures, int(places[-1]) // pictures + 1)
+            parts = [order(epoch)[places[places // pictures == epoch] % pictures] for epoch in epochs]
+            chosen = torch.cat(parts)[mine]
             rows = cache.mean[chosen], cache.std[chosen], cache.conditions[cache.caption[chosen]]
-            yield Batch(rows, (cache.conditions[-1:],), tuple(f"picture {i}" for i in chosen.tolist()))
-            step += 1
+            keys = tuple(cache.keys[i] if cache.keys else f"picture {i}" for i in chosen.tolist())
+            yield Batch(rows, (cache.conditions[-1:],), keys)
 
     return batches
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -23,20 +24,22 @@ CPU = torch.device("cpu")
 class LatentCache:
     """Posterior mean and standard deviation per picture, and the condition of each distinct caption (the last is "").
 
-    A condition is the caption's text states, or its token ids where the text tower learns too.
+    A condition is the caption's text states, or its token ids where the text tower learns too. `keys` are the names of
+    the pictures, where they are known.
     """
 
     mean: Float[Tensor, "n c h w"]
     std: Float[Tensor, "n c h w"]
     conditions: Float[Tensor, "m l d"]
     caption: Int[Tensor, " n"]
+    keys: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.mean)
 
     def to(self, device: torch.device) -> "LatentCache":
         """The same on a device: no batch is copied there then."""
-        return LatentCache(*(getattr(self, name).to(device) for name in TENSORS))
+        return LatentCache(*(getattr(self, name).to(device) for name in TENSORS), self.keys)
 
 
 def joined(parts: Sequence[LatentCache]) -> LatentCache:
@@ -48,6 +51,7 @@ def joined(parts: Sequence[LatentCache]) -> LatentCache:
         torch.cat([part.std for part in parts]),
         torch.cat([*(part.conditions[:-1] for part in parts), parts[-1].conditions[-1:]]),
         torch.cat([part.caption + before for part, before in zip(parts, first, strict=True)]),
+        tuple(key for part in parts for key in part.keys) if all(part.keys for part in parts) else (),
     )
 
 
@@ -58,7 +62,7 @@ def encode(
     """Encode `count` pictures where the autoencoder is; yields how many are done, and last the cache, on the CPU."""
     assert isinstance(autoencoder, nn.Module)
     device = next((parameter.device for parameter in autoencoder.parameters()), CPU)
-    means, stds, indices = [], [], list[int]()
+    means, stds, indices, keys = [], [], list[int](), list[str]()
     captions: dict[str, int] = {}
     while len(indices) < count:
         chosen, left = next(batches), count - len(indices)
@@ -68,16 +72,18 @@ def encode(
         means.append(posterior.mean.half().contiguous().cpu())
         stds.append(posterior.std.half().contiguous().cpu())
         indices += [captions.setdefault(caption, len(captions)) for caption in chosen.captions[:left]]
+        keys += chosen.keys[:left]
         yield len(indices)
     known = [*captions, ""]
     conditions = [condition(known[i : i + 256]).cpu() for i in range(0, len(known), 256)]
-    yield LatentCache(torch.cat(means), torch.cat(stds), torch.cat(conditions), torch.tensor(indices))
+    yield LatentCache(torch.cat(means), torch.cat(stds), torch.cat(conditions), torch.tensor(indices), tuple(keys))
 
 
 def save(path: Path, cache: LatentCache, about: dict[str, object]) -> None:
     """Write a cache, whole or not at all, with what it was made from beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, {name: getattr(cache, name) for name in TENSORS})
+    names = np.frombuffer("\n".join(cache.keys).encode(), np.uint8)
+    save_tensors(path, {name: getattr(cache, name) for name in TENSORS} | {"keys": torch.from_numpy(names.copy())})
     save_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
 
@@ -91,4 +97,6 @@ def load(path: Path, about: dict[str, object]) -> LatentCache | None:
             return None
     except ValueError:
         return None
-    return LatentCache(**load_tensors(path))
+    tensors = load_tensors(path)
+    names = bytes(tensors.pop("keys", torch.empty(0, dtype=torch.uint8)).numpy()).decode()
+    return LatentCache(**tensors, keys=tuple(names.split("\n")) if names else ())
