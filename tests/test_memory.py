@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import compvis, write
-from helpers import environment, few
+from helpers import environment
 
 from ldm.bundle import Bundle
 from ldm.config import validate
@@ -74,7 +74,8 @@ def test_loading_adds_at_most_what_the_model_needs(saved: dict[str, Path], layou
     assert added <= 1.15 * needed, f"{added / needed:.2f} times what the model needs"
 
 
-@pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16, torch.float16], torch.bfloat16))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_thread_fills_with_one_part_of_a_tensor_beside_the_network(
     saved: dict[str, Path], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -302,7 +302,7 @@ def killed_at(call: int, name: str, *arguments: object) -> int:
         ("fsync", 2),
         pytest.param("fsync", 3, marks=pytest.mark.slow),
         pytest.param("fsync", 4, marks=pytest.mark.slow),
-        ("replace", 3),
+        pytest.param("replace", 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_import_goes_on_to_the_same_bytes(
@@ -378,6 +378,7 @@ def contents_of_files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_finished_shards(photos: Path, prepare: Callable[..., None], tmp_path: Path) -> None:
     asked = ("--source", "folder", "--input", photos, *SMALL)
     prepare(*asked, "--output", tmp_path / "whole")

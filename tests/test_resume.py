@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from ldm.training.signals import Stopped, StopRequest
 from ldm.training.update import Losses, Update
 from ldm.training.workers import workers
 
+SHORT: dict[str, Any] = {"steps": 6, "save_every": 3}
+
 
 def run(kind: str, folder: Path, until: int | None = None, **settings: Any) -> str:
     """Train, leaving off after step `until` as a killed process would; the digest of the newest state."""
@@ -32,6 +35,17 @@ def run(kind: str, folder: Path, until: int | None = None, **settings: Any) -> s
         if report.step == until:
             break
     return state_digest(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The digest that a run without a break ends with; it is made once for all tests that compare with it."""
+
+    @cache
+    def ended(kind: str, **settings: Any) -> str:
+        return run(kind, tmp_path_factory.mktemp(kind), **settings)
+
+    return ended
 
 
 def stopped_after(kind: str, folder: Path, reports: int) -> None:
@@ -47,28 +61,26 @@ def stopped_after(kind: str, folder: Path, reports: int) -> None:
 
 
 @pytest.mark.parametrize("kind", few(KINDS, "vae", "clip", "unet", "lora"))
-def test_ten_steps_and_ten_more_are_twenty(kind: str, tmp_path: Path) -> None:
-    whole = run(kind, tmp_path / "whole")
-    run(kind, tmp_path / "parts", until=13)  # killed three steps behind its checkpoint
-    assert run(kind, tmp_path / "parts") == whole
+def test_ten_steps_and_ten_more_are_twenty(kind: str, whole: Callable[..., str], tmp_path: Path) -> None:
+    run(kind, tmp_path, until=13)  # killed three steps behind its checkpoint
+    assert run(kind, tmp_path) == whole(kind)
 
 
 @pytest.mark.parametrize("kind", few(["unet", "conditioned"], "unet"))
-def test_ten_steps_of_muon_and_ten_more_are_twenty(kind: str, tmp_path: Path) -> None:
-    whole = run(kind, tmp_path / "whole", optimizer="muon")
-    assert whole != run(kind, tmp_path / "adamw")
-    run(kind, tmp_path / "parts", until=13, optimizer="muon")
-    assert run(kind, tmp_path / "parts", optimizer="muon") == whole
+def test_ten_steps_of_muon_and_ten_more_are_twenty(kind: str, whole: Callable[..., str], tmp_path: Path) -> None:
+    run(kind, tmp_path, until=13, optimizer="muon")
+    assert run(kind, tmp_path, optimizer="muon") == whole(kind, optimizer="muon") != whole(kind)
 
 
-def test_a_run_stopped_twice_within_an_epoch_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    whole = run("unet", tmp_path / "whole")
-    # Steps 10 to 12 are an epoch: three batches of 8 from 28 pictures.
-    stopped_after("unet", tmp_path / "parts", reports=9)
-    assert (tmp_path / "parts" / "step_00000010").is_dir()
-    stopped_after("unet", tmp_path / "parts", reports=0)
-    assert (tmp_path / "parts" / "step_00000011").is_dir()
-    assert run("unet", tmp_path / "parts") == whole
+def test_a_run_stopped_twice_within_an_epoch_ends_as_one_that_was_not(
+    whole: Callable[..., str], tmp_path: Path
+) -> None:
+    # The third epoch of 28 pictures in batches of 8 begins with step 8 and ends within step 11.
+    stopped_after("unet", tmp_path, reports=8)
+    assert (tmp_path / "step_00000009").is_dir()
+    stopped_after("unet", tmp_path, reports=0)
+    assert (tmp_path / "step_00000010").is_dir()
+    assert run("unet", tmp_path) == whole("unet")
 
 
 def through_a_loader(*arguments: Any, **more: Any) -> Batches:
@@ -109,24 +121,27 @@ def forget_weights(kept: state.Trainee) -> None:
     "broken", few([forget_moments, forget_average, forget_skipped, forget_weights], forget_moments, forget_weights)
 )
 def test_a_restore_that_leaves_something_out_is_found(
-    broken: Callable[[state.Trainee], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broken: Callable[[state.Trainee], None],
+    whole: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    short: dict[str, Any] = {"steps": 6, "save_every": 3}
-    whole = run("unet", tmp_path / "whole", **short)
-    run("unet", tmp_path / "parts", until=4, **short)
+    run("unet", tmp_path, until=4, **SHORT)
 
     def restore(saved: Checkpoint, into: state.Trainee) -> None:
         state.restore(saved, into)
         broken(into)
 
+    expected = whole("unet", **SHORT)
     monkeypatch.setattr(loop, "restore", restore)
-    assert run("unet", tmp_path / "parts", **short) != whole
+    assert run("unet", tmp_path, **SHORT) != expected
 
 
-def test_data_that_begins_anew_on_resuming_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short: dict[str, Any] = {"steps": 6, "save_every": 3}
-    whole = run("unet", tmp_path / "whole", **short)
-    run("unet", tmp_path / "parts", until=4, **short)
+def test_data_that_begins_anew_on_resuming_is_found(
+    whole: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole("unet", **SHORT)
+    run("unet", tmp_path, until=4, **SHORT)
     task = tiny_training.TASKS["unet"]
 
     def from_the_start(kind: str, settings: dict[str, Any]) -> Task:
@@ -134,7 +149,7 @@ def test_data_that_begins_anew_on_resuming_is_found(tmp_path: Path, monkeypatch:
         return module, objective, lambda _: batches(0), config, apart
 
     monkeypatch.setitem(tiny_training.TASKS, "unet", from_the_start)
-    assert run("unet", tmp_path / "parts", **short) != whole
+    assert run("unet", tmp_path, **SHORT) != expected
 
 
 def test_micro_batches_change_rounding_only(tmp_path: Path) -> None:
@@ -268,8 +283,8 @@ def test_fp16_lowers_its_scale_where_gradients_overflow_and_raises_it_again() ->
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
-    for _ in trained("unet", tmp_path, keep_best=True, keep=1, save_every=4):
+    for _ in trained("unet", tmp_path, steps=8, keep_best=True, keep=1, save_every=2):
         pass
     best = (tmp_path / "best").read_text().strip()
-    assert {path.name for path in tmp_path.glob("step_*")} == {best, "step_00000020"}
-    assert (tmp_path / "latest").read_text() == "step_00000020\n"
+    assert {path.name for path in tmp_path.glob("step_*")} == {best, "step_00000008"}
+    assert (tmp_path / "latest").read_text() == "step_00000008\n"

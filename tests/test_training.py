@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -177,7 +178,7 @@ def flat_pictures(start: int) -> Iterator[PictureBatch]:
 
 def test_autoencoder_learns_colours_and_knows_its_statistics(tmp_path: Path) -> None:
     config = AutoencoderTraining(
-        steps=60, batch_size=8, learning_rate=2e-3, warmup_steps=5, ema_decay=0.8, crop=32, sides=(32,),
+        steps=40, batch_size=8, learning_rate=3e-3, warmup_steps=5, ema_decay=0.8, crop=32, sides=(32,),
         precision="no", equivariance=0.1, save_every=1000,
     )  # fmt: skip
     shape = AutoencoderConfig(
@@ -330,7 +331,7 @@ def test_encoding_that_is_stopped_goes_on_behind_its_last_part(tmp_path: Path, m
     found = progress[-1]
     assert isinstance(found, LatentCache) and isinstance(expected, LatentCache)
     assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in latents.TENSORS)
-    assert found.keys == expected.keys and len(set(found.keys)) == len(found)
+    assert found.keys == expected.keys and Counter(found.keys) == {"red": 10, "blue": 10}
     assert sorted(path.name for path in (parts.folder / "latents").iterdir()) == ["16.json", "16.safetensors"]
 
 

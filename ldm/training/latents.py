@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ class LatentCache:
 
     def to(self, device: torch.device) -> "LatentCache":
         """The same on a device: no batch is copied there then."""
-        return LatentCache(*(getattr(self, name).to(device) for name in TENSORS), self.keys)
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
 
 def joined(parts: Sequence[LatentCache]) -> LatentCache:

@@ -44,13 +44,13 @@ def check(ended: Ended, code: int, words: str) -> None:
     ids=["empty prompt", "steps 0", "guidance nan", "size 500", "seed 2^40", "sampler", "missing model", "folder"],
 )
 def test_the_eight_wrong_inputs_of_a_user(
-    tiny_folder: Path, tmp_path: Path, flags: list[str], code: int, words: str
+    txt2img: Script, tiny_folder: Path, tmp_path: Path, flags: list[str], code: int, words: str
 ) -> None:
     (tmp_path / "file").touch()
     given = [flag.format(file=tmp_path / "file") for flag in flags]
     defaults = {"--prompt": "a", "--model": str(tiny_folder), "--outdir": str(tmp_path / "out")}
     rest = [part for flag, value in defaults.items() if flag not in given for part in (flag, value)]
-    check(start("txt2img.py", *given, *rest), code, words)
+    check(txt2img(*given, *rest), code, words)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import start
+from helpers import Script
 from PIL import Image
 
 from ldm.data import index as index_module
@@ -311,9 +311,11 @@ def test_checking_a_shard_names_every_fault(tmp_path: Path) -> None:
     ],
     ids=["pipe", "braces", "empty folder", "nothing to verify"],
 )
-def test_wrong_input_of_the_script_ends_with_one_line(tmp_path: Path, flags: list[str], code: int, words: str) -> None:
+def test_wrong_input_of_the_script_ends_with_one_line(
+    in_process: Callable[[str], Script], tmp_path: Path, flags: list[str], code: int, words: str
+) -> None:
     given = [flag.format(tmp_path) for flag in flags]
-    ended = start("prepare_data.py", *given, "--output", tmp_path / "out", "--workers", "1")
+    ended = in_process("prepare_data.py")(*given, "--output", tmp_path / "out", "--workers", "1")
     assert ended.code == code and len(ended.errors) == 1 and words in ended.errors[0], ended.err
     assert "; " in ended.errors[0] and "Traceback" not in ended.err
     assert not list((tmp_path / "out").glob("*.tar")) and not (tmp_path / "ran").exists()

@@ -97,6 +97,7 @@ def test_a_hostile_pickle_is_not_run_whatever_its_name(
     ],
     ids=["app", "train"],
 )
+@pytest.mark.slow
 def test_a_hostile_pickle_is_not_run_by_what_starts_slowly(tmp_path: Path, arguments: list[str]) -> None:
     flag = hostile(tmp_path / "model.ckpt", "zip")
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import few
 from torch import Tensor, nn
 
 from ldm.bundle import Bundle
@@ -82,7 +83,7 @@ def stored(network: Any) -> dict[str, StoredTensor]:
     return {name: MemoryTensor(tensor) for name, tensor in network.state_dict().items()}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=few(MODELS, "like SD1"))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A tiny model with weights from a seed, written both ways."""
     config = validate(MODELS[request.param], ModelConfig, request.param)

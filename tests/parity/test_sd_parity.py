@@ -157,9 +157,9 @@ def test_token_ids_are_those_of_their_fast_tokenizer(models: dict[str, Model], v
         ours = ClipTextEncoder(ClipTextConfig(layers=1, width=8, heads=1, padding=padding, tokenizer="hf"))
     rng = np.random.default_rng(0)
     pieces = [*"abcABC 0129", *MARKS.split(), *LETTERS.split(), *SPACES]
-    prompts = ["".join(rng.choice(pieces, rng.integers(1, 40))) for _ in range(400)]
+    prompts = ["".join(rng.choice(pieces, rng.integers(1, 40))) for _ in range(100)]
     assigned = [chr(n) for n in range(32, 0x20000) if unicodedata.category(chr(n)) not in ("Cc", "Cn", "Cs")]
-    prompts += ["".join(rng.choice(assigned, 12)) for _ in range(400)]
+    prompts += ["".join(rng.choice(assigned, 12)) for _ in range(100)]
     prompts = [text for text in prompts if "<|startoftext|>" not in text and "<|endoftext|>" not in text]
     given = {"padding": "max_length", "max_length": 77, "truncation": True}
     for prompt in prompts:

@@ -120,6 +120,7 @@ def test_of_twelve_one_runs_eight_wait_and_three_are_told_when_to_come_again(ser
     assert len(seeds) == 9 and all(job.result()[0]["seed"] == n for n, job in enumerate(jobs) if not job.exception())
 
 
+@pytest.mark.slow
 def test_stop_keeps_the_partial_picture_until_it_is_saved(user: User, server: Server) -> None:
     user.writes("a yellow circle", steps=80).page.keyboard.press("Control+Enter")
     user.page.wait_for_selector("#stage img.soft")
@@ -133,6 +134,7 @@ def test_stop_keeps_the_partial_picture_until_it_is_saved(user: User, server: Se
     assert settings is not None and 0 < int(str(settings["stopped_after_steps"])) < 80
 
 
+@pytest.mark.slow
 def test_a_double_click_on_generate_stops_nothing(user: User) -> None:
     user.writes("a double click", steps=4).page.dblclick("#generate")
     assert "Done" in user.waits_for_the_end()
@@ -187,6 +189,7 @@ def test_skip_leaves_one_picture_out(user: User) -> None:
     assert "1 skipped" in user.waits_for_the_end()
 
 
+@pytest.mark.slow
 def test_fields_come_back_after_a_reload_and_the_picture_is_in_the_history(user: User, server: Server) -> None:
     user.writes("a reloaded heart", steps=7, images=2).presses("Generate")
     user.sees("step")
@@ -359,6 +362,7 @@ def test_settings_of_a_dropped_picture_are_shown_before_they_are_used(user: User
     assert user.page.input_value("#seed input") == "9"
 
 
+@pytest.mark.slow
 def test_the_whole_way_works_by_keyboard_alone(user: User) -> None:
     press = user.page.keyboard.press
     focused = "() => document.activeElement.id || document.activeElement.textContent.trim()"
@@ -383,6 +387,7 @@ def test_the_whole_way_works_by_keyboard_alone(user: User) -> None:
     user.sees("seed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "theme"),
     [

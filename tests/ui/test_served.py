@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from browsing import Server
-from helpers import few
 
 gradio_client = pytest.importorskip("gradio_client")
 
@@ -178,7 +177,8 @@ def test_the_client_on_the_about_screen_runs(server: Server, capsys: pytest.Capt
     assert CLIENT in (ROOT / "docs/app.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("flags", few([(), ("--listen",), ("--listen", "--auth", "ada:secret")], ("--listen",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--listen",), ("--listen", "--auth", "ada:secret")])
 def test_the_app_opens_warns_where_everybody_may_draw_and_leaves_nothing_behind(
     tiny_folder: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
