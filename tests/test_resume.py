@@ -66,7 +66,8 @@ def test_ten_steps_and_ten_more_are_twenty(kind: str, whole: Callable[..., str],
     assert run(kind, tmp_path) == whole(kind)
 
 
-@pytest.mark.parametrize("kind", few(["unet", "conditioned"], "unet"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["unet", "conditioned"])
 def test_ten_steps_of_muon_and_ten_more_are_twenty(kind: str, whole: Callable[..., str], tmp_path: Path) -> None:
     run(kind, tmp_path, until=13, optimizer="muon")
     assert run(kind, tmp_path, optimizer="muon") == whole(kind, optimizer="muon") != whole(kind)

@@ -133,7 +133,7 @@ def test_the_bundle_is_measured_and_its_options_are_set_beside_plain_pictures(
     assert found.values()["differs"] == {name: vars(found.differs[name]) for name in list(options)[1:]}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", few([torch.bfloat16, torch.float32], torch.bfloat16))
 def test_pictures_in_half_precision_are_set_beside_those_in_fp32(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
@@ -192,6 +192,7 @@ def tensor_of(result: object) -> torch.Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_the_script_writes_figures_and_compares_them(
     tiny: None, in_process: Callable[[str], Script], tmp_path: Path

@@ -233,6 +233,7 @@ def test_the_same_holds_for_an_adaptation(
     assert "lora_training.latents: these are not" in train(*given).errors[0]
 
 
+@pytest.mark.slow
 def test_pictures_are_encoded_in_parts_of_the_size_that_is_computed_at_once(
     train: Script, flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +257,9 @@ def test_pictures_are_encoded_in_parts_of_the_size_that_is_computed_at_once(
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("how", ["data.mode=indexed", "data.mode=streaming", "data.resident=true"])
+@pytest.mark.parametrize(
+    "how", few(["data.mode=indexed", "data.mode=streaming", "data.resident=true"], "data.mode=indexed")
+)
 def test_samples_that_are_left_out_are_in_the_status_by_reason(
     train: Script, flags: tuple[str, ...], tmp_path: Path, how: str
 ) -> None:
@@ -274,6 +277,7 @@ def test_samples_that_are_left_out_are_in_the_status_by_reason(
     assert logged[-1]["bad_samples"] == status["bad_samples"]
 
 
+@pytest.mark.slow
 def test_settings_that_cached_latents_do_not_heed_are_said(
     train: Script, flags: tuple[str, ...], latents: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -284,6 +288,7 @@ def test_settings_that_cached_latents_do_not_heed_are_said(
     assert "no effect" not in train(*flags, *idle, "--run-dir", tmp_path / "other").err
 
 
+@pytest.mark.slow
 def test_an_autoencoder_learns_from_pictures_of_all_shapes(
     train: Script, flags: tuple[str, ...], tmp_path: Path
 ) -> None:
