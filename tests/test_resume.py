@@ -261,10 +261,10 @@ def test_a_loss_scale_is_restored_and_its_fall_below_one_ends_the_run(tmp_path: 
     assert (after.scale.value, after.scale.good) == (4.0, 17)
     update = Update(after, after.module, lambda *_: {}, config, [], [], workers())
     for _ in range(2):
-        update.leave_out(1, [], "step 1: overflow")
+        update.leave_out(1, [], "overflow")
     assert after.bad == 0 and after.skipped == 2
     with pytest.raises(NotFiniteError, match="loss scale fell below 1"):
-        update.leave_out(1, [], "step 1: overflow")
+        update.leave_out(1, [], "overflow")
 
 
 def test_a_network_that_cannot_learn_is_refused() -> None:

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from helpers import few
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
@@ -36,8 +37,9 @@ def wobbled(image: Image.Image, rng: np.random.Generator, strength: float = 0.00
     return np.stack(warped, axis=-1).round().astype(np.uint8)
 
 
-def test_reads_every_kind_of_scene() -> None:
-    verdicts = [judge(read(render(scene, 128)), expectation(scene)) for scene in scenes(200)]
+@pytest.mark.parametrize("count", few([200, 500], 200))
+def test_reads_every_kind_of_scene(count: int) -> None:
+    verdicts = [judge(read(render(scene, 128)), expectation(scene)) for scene in scenes(count)]
     assert sum(verdict.right and verdict.background for verdict in verdicts) >= 0.995 * len(verdicts)
 
 
@@ -49,7 +51,7 @@ def test_reads_at_other_sizes(side: int) -> None:
 
 def test_tolerates_blur_and_noise() -> None:
     rng = np.random.default_rng(0)
-    verdicts = [judge(read(degraded(render(s, 128), rng)), expectation(s)) for s in scenes(60, seed=2)]
+    verdicts = [judge(read(degraded(render(s, 128), rng)), expectation(s)) for s in scenes(120, seed=2)]
     assert sum(verdict.right for verdict in verdicts) >= 0.995 * len(verdicts)
 
 
@@ -61,7 +63,7 @@ def test_tolerates_wobbly_edges() -> None:
 
 def test_twins_are_wrong_both_ways() -> None:
     rng = random.Random(0)
-    pairs = [(scene, twin(scene, rng)) for scene in scenes(60, seed=4)]
+    pairs = [(scene, twin(scene, rng)) for scene in scenes(120, seed=4)]
     wrong = [not judge(read(render(b, 128)), expectation(a)).right for a, b in pairs]
     wrong += [not judge(read(render(a, 128)), expectation(b)).right for a, b in pairs]
     assert sum(wrong) >= 0.99 * len(wrong)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -82,8 +81,8 @@ def encode(
 def save(path: Path, cache: LatentCache, about: dict[str, object]) -> None:
     """Write a cache, whole or not at all, with what it was made from beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = np.frombuffer("\n".join(cache.keys).encode(), np.uint8)
-    save_tensors(path, {name: getattr(cache, name) for name in TENSORS} | {"keys": torch.from_numpy(names.copy())})
+    keys = torch.frombuffer(bytearray(json.dumps(cache.keys), "utf-8"), dtype=torch.uint8)
+    save_tensors(path, {name: getattr(cache, name) for name in TENSORS} | {"keys": keys})
     save_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
 
@@ -98,5 +97,5 @@ def load(path: Path, about: dict[str, object]) -> LatentCache | None:
     except ValueError:
         return None
     tensors = load_tensors(path)
-    names = bytes(tensors.pop("keys", torch.empty(0, dtype=torch.uint8)).numpy()).decode()
-    return LatentCache(**tensors, keys=tuple(names.split("\n")) if names else ())
+    keys = tensors.pop("keys", None)  # caches of older versions have none
+    return LatentCache(**tensors, keys=() if keys is None else tuple(json.loads(bytes(keys.numpy()))))

@@ -71,8 +71,8 @@ def train(
     """Train `module` in place, from the newest checkpoint in `folder`; it ends with the averaged weights, on the CPU.
 
     The gradients of parameters whose names begin with one of `clip_apart` are clipped by themselves. Yields a Report
-    after every update. Raises NotFiniteError when too many updates have to be left out, and Stopped, after
-    the state is saved, when a signal asked for it.
+    after every update. Raises NotFiniteError when too many updates have to be left out, and Stopped, after the state is
+    saved, when a signal asked for it.
     """
     me = workers()
     parts = micro_batches(config, me.world)
@@ -94,7 +94,7 @@ def train(
         if math.isfinite(norm) and math.isfinite(scalars["loss"]):
             update.take(rate, scalars["loss"])
         else:
-            update.leave_out(step + 1, buffers, f"step {step + 1}: {told(me, batch, values)}")
+            update.leave_out(step + 1, buffers, told(me, batch, values))
         learner.optimizer.zero_grad(set_to_none=True)
         done = step + 1
         due = learner.bad == 0 and (done % config.save_every == 0 or done == config.steps)

@@ -71,13 +71,13 @@ class Update:
         self.learner.bad = 0
         self.learner.window = [self.learner.window[0] + loss, self.learner.window[1] + 1]
 
-    def leave_out(self, step: int, buffers: list[Tensor], words: str) -> None:
+    def leave_out(self, step: int, buffers: list[Tensor], account: str) -> None:
         """Step over an update that is not finite, say so, and put back the buffers that its forward pass changed.
 
         Raises NotFiniteError where this can only go on: too many in a row or of the last thousand, or fp16's scale
         below 1. An overflow that lowers the scale is how fp16 finds it, and no fault. `step` counts from 1.
         """
-        learner = self.learner
+        learner, words = self.learner, f"step {step}: {account}"
         for buffer, before in zip(learner.module.buffers(), buffers, strict=True):
             buffer.copy_(before)
         learner.scale.update(finite=False)

@@ -149,17 +149,18 @@ LETTERS = "é e\u0301 ﬁ Ａ ß Σ ΑΣ İ ſ ² Ⅷ 一 三 日本 ก็ \u20
 SPACES = ("\t", "  ", "\u00a0", "\u2028")
 
 
+@pytest.mark.parametrize("count", few([100, 400], 100))
 @pytest.mark.parametrize("version", ["SD1", "SD2"])
-def test_token_ids_are_those_of_their_fast_tokenizer(models: dict[str, Model], version: str) -> None:
+def test_token_ids_are_those_of_their_fast_tokenizer(models: dict[str, Model], version: str, count: int) -> None:
     theirs = models[version].pipe.tokenizer
     padding = "zero" if version == "SD2" else "end"
     with torch.device("meta"):
         ours = ClipTextEncoder(ClipTextConfig(layers=1, width=8, heads=1, padding=padding, tokenizer="hf"))
     rng = np.random.default_rng(0)
     pieces = [*"abcABC 0129", *MARKS.split(), *LETTERS.split(), *SPACES]
-    prompts = ["".join(rng.choice(pieces, rng.integers(1, 40))) for _ in range(100)]
+    prompts = ["".join(rng.choice(pieces, rng.integers(1, 40))) for _ in range(count)]
     assigned = [chr(n) for n in range(32, 0x20000) if unicodedata.category(chr(n)) not in ("Cc", "Cn", "Cs")]
-    prompts += ["".join(rng.choice(assigned, 12)) for _ in range(100)]
+    prompts += ["".join(rng.choice(assigned, 12)) for _ in range(count)]
     prompts = [text for text in prompts if "<|startoftext|>" not in text and "<|endoftext|>" not in text]
     given = {"padding": "max_length", "max_length": 77, "truncation": True}
     for prompt in prompts:
