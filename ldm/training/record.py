@@ -31,8 +31,7 @@ def trackers(chosen: Reporter | None, name: str, folder: Path) -> list[GeneralTr
         return []
     kind = chosen or "tensorboard"
     if importlib.util.find_spec(kind) is None:
-        install = "tensorboard" if kind == "tensorboard" else "'.[wandb]'"
-        raise SettingError(f"--report-to: {kind} is not installed; pip install {install}, or leave the flag out")
+        raise SettingError(f"--report-to: {kind} is not installed; pip install {kind}, or choose --report-to none")
     try:
         tracker = wandb_tracker(name, folder) if kind == "wandb" else TensorBoardTracker("tensorboard", folder)
         tracker.start()
@@ -51,7 +50,7 @@ def wandb_tracker(name: str, folder: Path) -> WandBTracker:
 
 
 class Record:
-    """The log of a run, kept by its main process; a log that cannot be written is no reason to end.
+    """The log of a run, kept by its main process; a log or tracker that cannot be written is no reason to end.
 
     `bad_samples` gives how many samples that process has left out so far, by reason.
     """
@@ -65,7 +64,7 @@ class Record:
     ) -> None:
         self.folder = folder
         self.me = me
-        self.watching = watching
+        self.watching = list(watching)
         self.bad_samples = bad_samples
         self._said = -STATUS_EVERY_SECONDS
         self._began: dict[str, tuple[float, int]] = {}
@@ -84,8 +83,7 @@ class Record:
         }
         bad = {"bad_samples": found} if (found := self.bad_samples()) else {}
         self._append({"stage": stage, "step": report.step, "time": round(time.time(), 1), **_json(numbers), **bad})
-        for tracker in self.watching:
-            self._tell(tracker, stage, report.step, numbers)
+        self._each(lambda tracker: _tell(tracker, stage, report.step, numbers, self._defined))
         if time.monotonic() - self._said >= STATUS_EVERY_SECONDS or report.step == report.total:
             began, first = self._began.setdefault(stage, (time.monotonic(), report.step))
             pace = (time.monotonic() - began) / max(1, report.step - first)
@@ -109,21 +107,34 @@ class Record:
         except OSError as error:
             warn(f"{self.folder}/log.jsonl: {error.strerror}; this step is not in it")
 
-    def _tell(self, tracker: GeneralTracker, stage: str, step: int, numbers: Mapping[str, float]) -> None:
-        """Tell a tracker the numbers of a step. Each stage counts from 1, and W&B drops what is behind."""
-        values = {f"{stage}/{name}": value for name, value in numbers.items()}
-        if not isinstance(tracker, WandBTracker):
-            tracker.log(values, step=step)
-            return
-        if stage not in self._defined:
-            tracker.tracker.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-            self._defined.add(stage)
-        tracker.log({**values, f"{stage}/step": step})
-
     def close(self) -> None:
         """End what watches."""
-        for tracker in self.watching:
-            tracker.finish()
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, act: Callable[[GeneralTracker], object]) -> None:
+        """Do something with every tracker; one that cannot write, to a full disk say, is left out from there on."""
+        for tracker in tuple(self.watching):
+            try:
+                act(tracker)
+            except OSError as error:
+                self.watching.remove(tracker)
+                why = error.strerror or error
+                warn(f"{self.folder}: {tracker.name} cannot write ({why}); training goes on without it")
+
+
+def _tell(tracker: GeneralTracker, stage: str, step: int, numbers: Mapping[str, float], defined: set[str]) -> None:
+    """Tell a tracker the numbers of a step. Each stage counts from 1, and W&B drops what is behind.
+
+    `defined` has the stages of which W&B knows that.
+    """
+    values = {f"{stage}/{name}": value for name, value in numbers.items()}
+    if not isinstance(tracker, WandBTracker):
+        tracker.log(values, step=step)
+        return
+    if stage not in defined:
+        tracker.tracker.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        defined.add(stage)
+    tracker.log({**values, f"{stage}/step": step})
 
 
 def _json(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from importlib.machinery import ModuleSpec
@@ -282,6 +283,21 @@ def test_a_folder_that_tensorboard_cannot_write_to_is_said(tmp_path: Path, capsy
     (tmp_path / "tensorboard").write_text("a file")
     assert record.trackers("tensorboard", "tiny", tmp_path) == []
     assert "tensorboard cannot write there" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread ends
+def test_a_tracker_that_cannot_write_any_more_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    me = workers()  # before any tracker: accelerate's ask who they are
+    kept = record.Record(tmp_path, me, record.trackers(None, "tiny", tmp_path))
+    for step in range(1, 5):
+        kept.step("unet", Report(step, 4, {"loss": 1.0}, 1e-3, 1.0, 5.0, 0, dict))
+        if step == 1:
+            shutil.rmtree(tmp_path / "tensorboard")
+    kept.close()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+    assert capsys.readouterr().err.count("tensorboard cannot write (No such file or directory)") == 1
 
 
 class FakeRun:
