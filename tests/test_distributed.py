@@ -40,8 +40,8 @@ SHARED = [
     ("vae", "strategy=ddp"), ("unet", "strategy=ddp"), ("unet", "strategy=fsdp"), ("unet", "optimizer=muon"),
     ("conditioned", "strategy=ddp"), ("conditioned", "strategy=fsdp"), ("conditioned", "optimizer=muon"),
     ("resting", "strategy=ddp"), ("resting", "strategy=fsdp"),
-    ("vae", "strategy=fsdp"), ("gan", "strategy=ddp"), ("sigmoid", "strategy=ddp"), ("thumbnail", "strategy=ddp"),
-    ("lora", "strategy=ddp"),
+    ("vae", "strategy=fsdp"), ("gan", "strategy=ddp"), ("thumbnail", "strategy=ddp"), ("thumbnail", "strategy=fsdp"),
+    ("clip", "strategy=fsdp"), ("sigmoid", "strategy=ddp"), ("sigmoid", "strategy=fsdp"), ("lora", "strategy=ddp"),
     ("consistency", "strategy=ddp"), ("consistency", "strategy=fsdp"),
 ]  # fmt: skip
 
@@ -96,11 +96,12 @@ def test_a_run_goes_on_with_another_number_of_processes_only_if_that_is_allowed(
 
 
 BAD = """
-import sys
+import hashlib, os, sys
 sys.path.insert(0, {tests!r})
 import tiny_training, torch
 task = tiny_training.TASKS["unet"]
 def poisoned(kind, settings):
+    global module
     module, objective, batches, config, apart = task(kind, settings)
     def losses(network, batch, draws):
         values = objective(network, batch, draws)
@@ -110,6 +111,9 @@ def poisoned(kind, settings):
     return module, losses, batches, config, apart
 tiny_training.TASKS["unet"] = poisoned
 tiny_training.main(*sys.argv[1:])
+weights = b"".join(tensor.contiguous().numpy().tobytes() for tensor in module.state_dict().values())
+with open(sys.argv[2] + "/weights-" + os.environ["RANK"], "w") as file:
+    file.write(hashlib.sha256(weights).hexdigest())
 """
 
 
@@ -123,6 +127,8 @@ def test_a_loss_that_is_no_number_on_one_process_is_left_out_by_both_and_named(t
     assert len(lines) == 1 and re.search(r"step 3: loss nan on rank 1, timesteps \d.*samples picture \d", lines[0])
     after = json.loads((tmp_path / "two" / "losses.json").read_text())
     assert len(after) == 5 and after[3]["loss"] > 0
+    first, second = ((tmp_path / "two" / f"weights-{rank}").read_text() for rank in range(2))
+    assert first == second != ""
 
 
 @pytest.mark.slow
@@ -340,7 +346,7 @@ def shrunk(name: str, shards: str, strategy: str) -> list[str]:
     for stage in stages:
         found |= {f"{stage}.{key}": value for key, value in {**QUICKLY, "micro_batch_size": "1"}.items()}
         found[f"{stage}.strategy"] = strategy
-    found |= {f"clip_training.{key}": value for key, value in QUICKLY.items()}
+    found |= {f"clip_training.{key}": value for key, value in {**QUICKLY, "strategy": strategy}.items()}
     found |= {f"{stage}.side": "32" for stage in stages[1:]} | {f"{stage}.compile": "false" for stage in stages[1:]}
     found |= {"autoencoder_training.crop": "32", "autoencoder_training.sides": "[32]"}
     judge = "{channels: 4, layers: 1, groups: 2}" if strategy == "ddp" else "null"

@@ -30,8 +30,8 @@ class ClipTraining(OptimizationConfig):
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "ClipTraining":
-        if self.micro_batch_size is not None or self.strategy == "fsdp":
-            raise ValueError("pairs are compared within the whole batch: leave micro_batch_size out, use strategy: ddp")
+        if self.micro_batch_size is not None:
+            raise ValueError("pairs are compared within the whole batch: leave micro_batch_size out")
         return self
 
 
