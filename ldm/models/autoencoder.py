@@ -16,6 +16,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config
+from ldm.machine import give_back_freed_memory
 from ldm.nn import cpu
 from ldm.nn.layers import Downsample, PixelAttention, ResBlock, Upsample, silu
 
@@ -211,10 +212,16 @@ class Decoder(nn.Module):
     def _through_large_states(
         self, x: Tensor, layers: Sequence[Any], shapes: Sequence[Sequence[int]]
     ) -> Float[Tensor, "b c h2 w2"]:
-        """The rest of the way on a CPU: large states share one memory, and the last two layers run in bands."""
-        ends = cpu.TwoEnds([prod(shape) for shape in shapes if cpu.large(shape)], x.dtype)
+        """The rest of the way on a CPU: large states share one memory, and the last two layers run in bands.
+
+        What the layers before them have freed is given back: it lies in pieces, into which no large state fits.
+        """
+        sizes, ends = [prod(shape) for shape in shapes if cpu.large(shape)], None
         for layer, shape in zip(layers, shapes, strict=True):
-            x = layer(x, out=ends.next(shape) if cpu.large(shape) else None)
+            if ends is None and cpu.large(shape):
+                give_back_freed_memory()
+                ends = cpu.TwoEnds(sizes, x.dtype)
+            x = layer(x, out=ends.next(shape) if ends is not None and cpu.large(shape) else None)
         image = x.new_empty(x.shape[0], self.conv_out.out_channels, *x.shape[2:])
         return cpu.convolved(self.conv_norm_out, self.conv_out, x, image)
 

@@ -25,6 +25,7 @@ LANES = 16
 # Not of a batch: an image does not depend on those beside it.
 LARGE = 2**23
 MANY_PIXELS = 256
+FOLDED_TOGETHER = 64  # output channels
 
 
 class TwoEnds:
@@ -110,12 +111,18 @@ def gated(x: Float[Tensor, "... i"], proj: nn.Linear) -> Float[Tensor, "... o"]:
 
 
 def folded(weight: Float[Tensor, "o i 3 3"], down: int, right: int) -> Float[Tensor, "o i 2 2"]:
-    """The weights for the upper or lower, left or right of the four pixels that one pixel becomes."""
-    made = weight.permute(0, 2, 3, 1).float()
-    for axis, second in ((1, down), (2, right)):
-        before, here, after = made.unbind(axis)
-        made = torch.stack((before + here, after) if second else (before, here + after), axis)
-    return made.to(weight.dtype).permute(0, 3, 1, 2)
+    """The weights for the upper or lower, left or right of the four pixels that one pixel becomes.
+
+    Added in fp32, some at a time: all of them would be several times what is left of them.
+    """
+    parts = []
+    for part in weight.split(FOLDED_TOGETHER):
+        made = part.permute(0, 2, 3, 1).float()
+        for axis, second in ((1, down), (2, right)):
+            before, here, after = made.unbind(axis)
+            made = torch.stack((before + here, after) if second else (before, here + after), axis)
+        parts.append(made.to(weight.dtype).permute(0, 3, 1, 2))
+    return torch.cat(parts)
 
 
 def convolved(
