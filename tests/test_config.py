@@ -49,6 +49,7 @@ def test_a_record_survives_its_own_text(tmp_path: Path) -> None:
         ("part: {rate: fast}", [], "part.rate: .*number.*got 'fast'"),
         ("part: {rate: .nan}", [], "part.rate: .*finite"),
         ("part:\n  rate: 1\n  rate: 2", [], "recipe.yaml:3: .*given twice"),
+        ("part:\n  {{rate}}: 1", [], "recipe.yaml:2: .*unhashable"),
         ("part:\n\trate: 1", [], "recipe.yaml:2: not valid YAML"),
         ("", [], "the file is empty"),
         ("- a", [], "expected a mapping"),

@@ -182,6 +182,8 @@ def test_latents_of_other_buckets_are_refused(
         (("data.shards=[{shards}, 'https://host/a.tar']", "data.mode=streaming"), 3, "local and remote shards"),
         (("data.shards=pipe:touch ran",), 2, "never run"),
         (("data.mode=streaming", "data.workers=5"), 2, "4 shards for 1 processes × 5 workers = 5 readers"),
+        (("data.mode=streaming", "data.mix={shards: nowhere, share: 0.2}"), 2, "mix needs mode: indexed"),
+        (("data.resident=true", "data.crop=random"), 2, "resident: needs mode indexed, crop centre"),
         (("unet_training.0.latents=nowhere/*.tar",), 3, "0 shards match"),
         ((BUCKETS.replace("16", "8"),), 2, "data.buckets.step: got 8, expected a multiple of 16"),
         ((BUCKETS.replace("16", "24"),), 2, "64 is not a multiple of the buckets' step 24"),

@@ -47,6 +47,12 @@ class Memory(NamedTuple):
     words: list[Words]
 
 
+def require_resident(config: PicturesConfig) -> None:
+    """Raise SettingError for data that cannot be held as pictures of one size, each the same in every epoch."""
+    if config.buckets is not None or config.pictures.crop != "centre" or config.mode != "indexed":
+        raise SettingError("resident: needs mode indexed, crop centre and no buckets; leave resident out")
+
+
 class ResidentShards:
     """Captioned pictures of local shards in the memory of `device`: 3 bytes a pixel, 4 with grounds.
 
@@ -54,8 +60,7 @@ class ResidentShards:
     """
 
     def __init__(self, config: PicturesConfig, device: torch.device, workers: int = 0) -> None:
-        if config.buckets is not None or config.pictures.crop != "centre" or config.mode != "indexed":
-            raise SettingError("resident: needs mode indexed, crop centre and no buckets; leave resident out")
+        require_resident(config)
         self.config, self.device = config, device
         self._shards = IndexedShards(config)
         self.tally = self._shards.tally

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.cli import warn
 from ldm.diffusion.noise import key
 from ldm.errors import SettingError
 from ldm.training import checkpoint
@@ -104,6 +105,7 @@ def train(
         averages = partial(averaged_weights, learner)
         yield Report(done, config.steps, scalars, rate, norm, speed, learner.skipped, averages, stopping)
         if stopping:
+            me.wait()  # a launcher kills the others soon after the first has left: none does before all is written
             raise Stopped(signal)
     finish(module, learner)
 
@@ -130,6 +132,8 @@ def resume(learner: Trainee, folder: Path, me: Workers, conduct: Conduct) -> int
             f"{found}: saved by {before} processes, now there are {me.world}; start as many, or add "
             "--allow-world-size-change: the same batches follow, sums are rounded differently"
         )
+    if before != me.world and me.main:
+        warn(f"{found}: saved by {before} processes, now {me.world} go on: the same batches, sums rounded differently")
     restore(saved, learner)
     return saved.step
 

@@ -104,7 +104,8 @@ def check_data(recipe: Recipe, factor: int, latents: bool) -> None:
     if recipe.clip_training is not None and recipe.clip is not None:
         source.check(square, recipe.clip_training.batch_size, recipe.clip.image_size)
     if recipe.thumbnail_training is not None:
-        source.check(square, recipe.thumbnail_training.batch_size, recipe.thumbnail_training.side)
+        held = square.model_copy(update={"resident": square.resident or recipe.thumbnail_training.resident})
+        source.check(held, recipe.thumbnail_training.batch_size, recipe.thumbnail_training.side)
     for stage in (*recipe.unet_training, recipe.lora_training, recipe.inversion_training, recipe.consistency_training):
         if stage is None:
             continue

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
-from ldm.config import Config
+from ldm.config import Config, validate
 from ldm.data.buckets import BucketConfig, bucket_sizes
 from ldm.data.captions import CaptionConfig
 from ldm.data.digits import load
 from ldm.data.latents import LatentShards, MadeFrom
 from ldm.data.order import Plan
 from ldm.data.pictures import PictureBatch
-from ldm.data.resident import ResidentShards
+from ldm.data.resident import ResidentShards, require_resident
 from ldm.data.settings import LatentsConfig, MixConfig, PicturesConfig
 from ldm.data.shards import find_shards
 from ldm.data.source import open_pictures
@@ -108,6 +108,10 @@ def check(data: DataConfig, batch_size: int, side: int, factor: int = 1) -> None
 
     Sides are to be multiples of `factor`. Raises SettingError and DataError.
     """
+    if data.shards is not None:
+        config = settings(data, batch_size, side, 0)
+        if data.resident:
+            require_resident(config)
     if data.mode == "streaming":
         pictures(data, batch_size, side, 0)(0)
     if data.buckets is None:
@@ -121,21 +125,22 @@ def check(data: DataConfig, batch_size: int, side: int, factor: int = 1) -> None
 
 
 def settings(data: DataConfig, batch_size: int, side: int, seed: int) -> PicturesConfig:
-    """The recipe's data as the readers of `ldm.data` are told it."""
+    """The recipe's data as the readers of `ldm.data` are told it. Raises SettingError where they cannot do that."""
     assert data.shards is not None
-    return PicturesConfig(
-        shards=data.shards,
-        mode=data.mode,
-        batch_size=batch_size,
-        seed=seed,
-        max_bad_fraction=data.max_bad_fraction,
-        timeout_s=data.timeout_s,
-        index=data.index,
-        pictures=PictureConfig(side=side, crop=data.crop, mirror=data.mirror, grounds=data.grounds),
-        captions=data.captions,
-        buckets=data.buckets,
-        mix=data.mix,
-    )
+    values = {
+        "shards": data.shards,
+        "mode": data.mode,
+        "batch_size": batch_size,
+        "seed": seed,
+        "max_bad_fraction": data.max_bad_fraction,
+        "timeout_s": data.timeout_s,
+        "index": data.index,
+        "pictures": PictureConfig(side=side, crop=data.crop, mirror=data.mirror, grounds=data.grounds),
+        "captions": data.captions,
+        "buckets": data.buckets,
+        "mix": data.mix,
+    }
+    return validate(values, PicturesConfig, "data")
 
 
 def latent_shards(pattern: str, data: DataConfig, batch_size: int, seed: int, made_from: MadeFrom) -> LatentShards:
