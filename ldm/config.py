@@ -4,7 +4,7 @@ This module is the strict loader only: it knows no schema and no network.
 """
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,15 +65,24 @@ def parse_yaml(text: str, where: str) -> Any:
         raise SettingError(f"{where}: not valid YAML: {error}; correct it") from None
 
 
-def validate(values: Any, schema: type[ConfigType], where: str) -> ConfigType:
-    """`values` as a record of `schema`; SettingError that names the first bad key and, for a typo, the nearest one."""
+Location = tuple[int | str, ...]
+"""Keys and indices that lead to a value."""
+
+
+def validate(
+    values: Any, schema: type[ConfigType], where: str, line: Callable[[Location], str] = lambda _: ""
+) -> ConfigType:
+    """`values` as a record of `schema`; SettingError that names the first bad key and, for a typo, the nearest one.
+
+    `line` gives, for messages, what follows `where` for a value: the line at which a file has it.
+    """
     if not isinstance(values, Mapping):
         raise SettingError(f"{where}: expected a mapping of keys to values, got {type(values).__name__}; see configs/")
     try:
         return schema.model_validate(values)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key, where = ".".join(str(part) for part in first["loc"]), where + line(first["loc"])
         if first["type"] == "extra_forbidden":
             hint = nearest(str(first["loc"][-1]), _fields_at(schema, first["loc"][:-1]))
             raise SettingError(f"{where}: {key}: no such key{hint}; remove or rename it") from None
@@ -114,7 +123,31 @@ def load(path: Path, schema: type[ConfigType], overrides: Sequence[str] = ()) ->
         raise SettingError(f"{path}: the file is empty; see configs/ for complete recipes")
     for override in overrides:
         _apply(values, override)
-    return validate(values, schema, str(path))
+    given = [override.partition("=")[0] for override in overrides]
+
+    def line(location: Location) -> str:
+        key = ".".join(str(part) for part in location)
+        return "" if any(f"{key}.".startswith(f"{one}.") for one in given) else line_of(text, location)
+
+    return validate(values, schema, str(path), line)
+
+
+def line_of(text: str, location: Location) -> str:
+    """`:7` where line 7 of a YAML text has the value, or else what encloses it; nothing where it has neither.
+
+    Parts of a location that are no key, which say as what kind of section it was read, are passed over.
+    """
+    node, found = yaml.compose(text, Loader=_Loader), ""
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            entries = [(key, value) for key, value in node.value if key.value == str(part)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            entries = [(node.value[part], node.value[part])]
+        else:
+            break
+        for key, value in entries:
+            node, found = value, f":{key.start_mark.line + 1}"
+    return found
 
 
 def _apply(values: Any, override: str) -> None:
