@@ -68,6 +68,8 @@ def main() -> None:
     buckets = BucketConfig(step=args.bucket_step, max_aspect=args.max_aspect) if args.bucket_step else None
     sizes = bucket_sizes(args.side, buckets)
     shards = find_shards(args.data)
+    import torch
+
     from ldm.bundle import Bundle
     from ldm.machine import find_device, find_dtype, keep_freed_memory
 
@@ -75,10 +77,12 @@ def main() -> None:
     dtype, _ = find_dtype(args.dtype, device)
     keep_freed_memory()
     bundle = Bundle.load(args.model, str(device), dtype)
+    # Named by its weights as they are, not as they are cast.
+    of = made_from(args, bundle if dtype == torch.float32 else Bundle.load(args.model), buckets)
     for side in {side for size in sizes for side in size}:
         if side % bundle.autoencoder.factor:
             raise SettingError(f"side: {side} is not a multiple of {bundle.autoencoder.factor}; choose another one")
-    cache(args, shards, bundle, sizes, made_from(args, bundle, buckets))
+    cache(args, shards, bundle, sizes, of)
 
 
 def own_gpu(device: "torch.device") -> "torch.device":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SCRIPTS
+from helpers import SCRIPTS, tiny_model
 
 from ldm.bundle import Bundle
 from ldm.data.latents import LatentShards, MadeFrom, weights_digest
@@ -63,6 +63,17 @@ def test_latents_are_what_the_model_makes_of_the_pictures(
         torch.testing.assert_close(states.float(), text, atol=5e-3, rtol=5e-3)
     null = tiny_bundle.text.encode([""]).tokens[0]
     torch.testing.assert_close(torch.from_numpy(source.null).float(), null.detach(), atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_are_of_their_model_in_whatever_it_computes(
+    raising: Callable[[str], Callable[..., None]], pictures: Path, tmp_path: Path, dtype: str
+) -> None:
+    """Also where the weights lie in fp16, as those of a bundle do, and not in what they were trained."""
+    trained = tiny_model()
+    given = ("--model", trained.save(tmp_path / "model"), "--data", pictures, "--side", 16, "--device", "cpu")
+    raising("cache_latents.py")(*given, "--output", tmp_path / "latents", "--dtype", dtype)
+    assert len(LatentShards(LatentsConfig(shards=str(tmp_path / "latents"), batch_size=7), of(trained))) == 7
 
 
 def test_ranks_share_the_work_and_missing_shards_are_made_again(cache: Callable[..., None], tmp_path: Path) -> None:

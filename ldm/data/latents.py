@@ -101,10 +101,10 @@ def latent_sample(key: str, mean: Half, std: Half, captions: tuple[str, ...], te
 
 
 def weights_digest(weights: Mapping[str, Tensor], about: str) -> str:
-    """A name for a network: its config, and its weights as fp32, so that the format they lie in does not count."""
+    """A name for a network: its config, and its weights as fp16, which is what is left of them in a bundle."""
     digest = hashlib.sha256(about.encode())
     for name in sorted(weights):
-        array = weights[name].detach().to("cpu", torch.float32).contiguous().numpy()
+        array = weights[name].detach().to("cpu", torch.float16).contiguous().numpy()
         digest.update(f"{name} {array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
 
@@ -185,6 +185,7 @@ class LatentShards:
         self.shapes, buckets = np.unique(known_dimensions(self.table.dimensions), axis=0, return_inverse=True)
         several = buckets.ravel() if len(self.shapes) > 1 else None
         self.tally = Tally(config.max_bad_fraction, size=len(self.table))
+        self.tally.again(sum(self.table.left_out.values()), self.table.left_out)
         self.plan = Plan(len(self.table), config.batch_size, config.seed, several)
         self.null = read_null(paths[0].parent / NULL) if made_from.text else None
         self._reader = Reader(self.table)
