@@ -279,6 +279,14 @@ def test_samples_that_are_left_out_are_in_the_status_by_reason(
     assert logged[-1]["bad_samples"] == status["bad_samples"]
 
 
+def test_what_the_index_left_out_is_in_the_status_too(train: Script, flags: tuple[str, ...], tmp_path: Path) -> None:
+    torn = write_shards(photos(), tmp_path / "bad", 6, "bad")[1]
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    bad = (f"data.shards={tmp_path / 'bad'}", "data.max_bad_fraction=0.5")
+    assert train(*flags, *bad, "--run-dir", tmp_path / "run").code == 0
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["bad_samples"] == {"torn shard": 1}
+
+
 @pytest.mark.slow
 def test_settings_that_cached_latents_do_not_heed_are_said(
     train: Script, flags: tuple[str, ...], latents: Callable[..., str], tmp_path: Path

@@ -53,6 +53,7 @@ class IndexedShards:
         further = find_shards(config.mix.shards) if config.mix is not None else []
         self.table = open_table([*paths, *further], DECODED, config.index, measure, config.max_bad_fraction)
         self.tally = Tally(config.max_bad_fraction, size=len(self.table))
+        self.tally.again(sum(self.table.left_out.values()), self.table.left_out)
         self.plan = self._plan(int((self.table.shard < len(paths)).sum()))
         self.reader = Reader(self.table)
 
