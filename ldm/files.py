@@ -1,11 +1,15 @@
 """What is written appears under its name when it is whole and on the disk, or not at all."""
 
+import glob
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+ABANDONED_SECONDS = 86400
 
 
 @contextmanager
@@ -13,8 +17,11 @@ def appearing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A name to write a file or folder to; at the end of the block it is `path`, or nothing is left.
 
     A file replaces one of its name. What a killed process left under the temporary name is removed, unless other
-    processes may be writing the same path now: with `shared` each has a temporary name of its own.
+    processes may be writing the same path now: with `shared` each has a temporary name of its own, and one that nobody
+    has written to for a day is left from a killed one.
     """
+    if shared:
+        remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     try:
         remove(temporary)
@@ -23,6 +30,14 @@ def appearing(path: Path, shared: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         remove(temporary)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete temporary files for `path` that were last written to a day ago."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):  # another process was here first
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                remove(left)
 
 
 def save_text(path: Path, text: str) -> None:

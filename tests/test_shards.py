@@ -112,6 +112,15 @@ def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_killed_writers_left_goes_after_a_day(tmp_path: Path) -> None:
+    old, new = (tmp_path / f".a-00000.tar.{number}.tmp" for number in (1, 2))
+    for left in (old, new):
+        left.write_bytes(b"half of it")
+    os.utime(old, (0, 0))
+    write_shards(samples(1), tmp_path, 1, "a")
+    assert not old.exists() and new.exists()
+
+
 class Bomb:
     def __init__(self, path: Path) -> None:
         self.path = path
