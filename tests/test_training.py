@@ -102,6 +102,16 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path:
     assert checkpoint.newest(tmp_path) is None
 
 
+def test_a_save_at_a_bad_update_is_made_up_for_at_the_next_good_one(tmp_path: Path) -> None:
+    def poisoned(module: nn.Module, batch: Batch, draws: Draws) -> Losses:
+        losses = squared(module, batch, draws)
+        return {"loss": losses["loss"] * (math.nan if draws.step in (1, 2) else 1.0)}
+
+    config = QUICK.model_copy(update={"steps": 8, "save_every": 3, "keep": 9})
+    list(train(Line(), poisoned, numbers, config, tmp_path, seed=1))
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == [f"step_0000000{step}" for step in (4, 6, 8)]
+
+
 def test_more_than_ten_bad_updates_of_the_last_thousand_stop_the_run_also_after_a_resume(tmp_path: Path) -> None:
     def poisoned(module: nn.Module, batch: Batch, draws: Draws) -> Losses:
         losses = squared(module, batch, draws)

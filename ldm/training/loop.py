@@ -35,8 +35,9 @@ Batches = Callable[[int], Iterator[Batch]]
 class Report:
     """What one training step did. `step` counts from 1 to `total`; `rate` is samples per second.
 
-    `averages()` gives the averaged weights of this moment, by name, on the CPU; every process must ask. Where it is
-    `stopping`, a signal has asked all processes to stop, the state is saved, and the end must not wait for anything.
+    `averages()` gives the main process the averaged weights of this moment, by name, on the CPU; every process must
+    ask. Where it is `stopping`, a signal has asked all processes to stop, the state is saved, and the end must not wait
+    for anything.
     """
 
     step: int
@@ -92,17 +93,19 @@ def train(
         values = update.gradients(batch, Draws(seed, step, config.batch_size, me.device))
         norm, rate = update.clip(), learning_rate(step, config)
         scalars, signal = heard(values, me, conduct)
+        late = learner.bad  # updates that were left out just before, one at which to save perhaps among them
         if math.isfinite(norm) and math.isfinite(scalars["loss"]):
             update.take(rate, scalars["loss"])
         else:
             update.leave_out(step + 1, buffers, told(me, batch, values))
         learner.optimizer.zero_grad(set_to_none=True)
         done = step + 1
-        due = learner.bad == 0 and (done % config.save_every == 0 or done == config.steps)
+        reached = done // config.save_every > (step - late) // config.save_every
+        due = learner.bad == 0 and (reached or done == config.steps)
         if due or signal:
             save(done, learner, folder, config, me, due)
         speed, stopping = config.batch_size / (time.perf_counter() - began), bool(signal) and done < config.steps
-        averages = partial(averaged_weights, learner)
+        averages = partial(averaged_weights, learner, take=me.main)
         yield Report(done, config.steps, scalars, rate, norm, speed, learner.skipped, averages, stopping)
         if stopping:
             me.wait()  # a launcher kills the others soon after the first has left: none does before all is written
@@ -146,7 +149,7 @@ def save(done: int, learner: Trainee, folder: Path, config: OptimizationConfig, 
         mean = total / count if count else math.inf
         best = config.keep_best and mean < learner.best
         learner.best, learner.window = min(mean, learner.best), [0.0, 0.0]
-    state = capture(done, learner, me.world)
+    state = capture(done, learner, me.world, take=me.main)
     if me.main:
         checkpoint.save(folder, state, config.keep, best)
 

@@ -71,33 +71,36 @@ def average_name(index: int, average: EMA) -> str:
     return "ema" if index == 0 else f"ema-{average.decay:g}"
 
 
-def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """All of a tensor, on the CPU; every process must ask. `like` says how a local shard is part of a whole."""
+def whole(tensor: Tensor, like: Tensor | None = None, take: bool = True) -> Tensor:
+    """All of a tensor, on the CPU; every process must ask. `like` says how a local shard is part of a whole.
+
+    A process that helps the others and does not `take` it gets nothing, and its host no copy.
+    """
     if isinstance(like, DTensor):
         tensor = DTensor.from_local(
             tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    return tensor.detach().cpu()
+    return tensor.detach().cpu() if take else tensor.new_empty(0, device="cpu")
 
 
-def averaged_weights(of: Trainee, index: int = 0) -> dict[str, Tensor]:
-    """The averaged parameters, whole, by name; every process must ask."""
+def averaged_weights(of: Trainee, index: int = 0, take: bool = True) -> dict[str, Tensor]:
+    """The averaged parameters, whole, by name; every process must ask, and one that does not `take` gets no numbers."""
     trained = of.trained
-    return {name: whole(shadow, trained[name]) for name, shadow in of.averages[index].shadow.items()}
+    return {name: whole(shadow, trained[name], take) for name, shadow in of.averages[index].shadow.items()}
 
 
-def capture(step: int, of: Trainee, world: int) -> Checkpoint:
-    """The state after `step` updates; every process must ask, and gets the same."""
+def capture(step: int, of: Trainee, world: int, take: bool = True) -> Checkpoint:
+    """The state after `step` updates; every process must ask, and one that does not `take` gets no numbers."""
     moments = {
-        f"{name}.{field_name}": whole(value)
+        f"{name}.{field_name}": whole(value, take=take)
         for name, parameter in of.trained.items()
         for field_name, value in of.optimizer.state.get(parameter, {}).items()
     }
-    tensors = {"model": {name: whole(tensor) for name, tensor in of.kept().items()}, "optimizer": moments}
+    tensors = {"model": {name: whole(tensor, take=take) for name, tensor in of.kept().items()}, "optimizer": moments}
     for index, average in enumerate(of.averages):
-        tensors[average_name(index, average)] = averaged_weights(of, index)
+        tensors[average_name(index, average)] = averaged_weights(of, index, take)
     numbers: dict[str, Any] = {
         "world": world,
         "ema_updates": of.averages[0].updates,
