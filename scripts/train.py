@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,15 +67,18 @@ def main() -> int:
     if args.train_data:
         overrides += ["data.digits=null", f"data.shards={json.dumps(args.train_data)}"]
     recipe = config.load(args.config, Recipe, overrides)
+    from ldm.training.farewell import together
     from ldm.training.workers import workers
 
     if args.stage == "bundle":
         return bundled(args, recipe)
     me = workers(args.dist_timeout)
-    if not me.main:
-        return conducted(args, recipe)
-    args.run_dir.mkdir(parents=True, exist_ok=True)
-    with alone(args.run_dir):
+    with ExitStack() as held:
+        with together(me):
+            if me.main:
+                args.run_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(alone(args.run_dir))
+            me.wait()  # for the lock, before anybody writes to the folder
         return conducted(args, recipe)
 
 
@@ -295,6 +298,7 @@ def sample(this: "Run", bundle: "Bundle", report: "Report", stage: str, side: in
     from ldm.images import grid, save_png
     from ldm.pipeline import TextToImage
     from ldm.training.preflight import sample_request
+    from ldm.training.signals import Stopped
     from ldm.training.stages import averaged
 
     if report.stopping or (report.step % this.recipe.sample_every and report.step != report.total):
@@ -302,9 +306,15 @@ def sample(this: "Run", bundle: "Bundle", report: "Report", stage: str, side: in
     drawing = averaged(bundle, report)
     if drawing is None:
         return
+    stop = this.conduct.stop
+    if stop is not None:
+        drawing.unet.register_forward_pre_hook(lambda *_: stop.check())
     prompts = this.recipe.sample_prompts
     request = sample_request(prompts[0], side, None if stage == "consistency" else 20)
-    images = TextToImage(drawing).draw(prompts, range(len(prompts)), request)
+    try:
+        images = TextToImage(drawing).draw(prompts, range(len(prompts)), request)
+    except Stopped:
+        return  # the loop saves first, and raises it again
     folder = this.folder / "samples"
     folder.mkdir(exist_ok=True)
     path = folder / f"{stage}-{report.step:06d}.png"

@@ -1,5 +1,6 @@
 """Two processes are one: the same global batches, the same losses, and a fault of one is handled by both alike."""
 
+import fcntl
 import io
 import json
 import os
@@ -246,6 +247,39 @@ def test_a_process_that_ends_or_hangs_ends_the_other_and_is_named(how: str, tmp_
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_folder_of_another_run_as_it_is_and_say_so_once(tmp_path: Path) -> None:
+    recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    recipe.write_text(DIGITS)
+    run.mkdir()
+    flags = ("unet", "--config", str(recipe), "--run-dir", str(run), "--report-to", "none")
+    program = tmp_path / "plain.py"
+    program.write_text("import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = "".join(one.communicate(timeout=400)[1] for one in pair(program, free_port(), *flags))
+    assert (
+        len([line for line in said.splitlines() if line.startswith("error: ")]) == 1 and "another run is using" in said
+    )
+    assert [path.name for path in run.iterdir()] == [".lock"]
+    said = "".join(one.communicate(timeout=400)[1] for one in pair(program, free_port(), *flags, "data.digits=nowhere"))
+    assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1 and "nowhere" in said
+
+
+@pytest.mark.slow
+def test_accelerate_launches_training(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(DIGITS)
+    flags = ["unet", "--config", str(tmp_path / "tiny.yaml"), "--run-dir", str(tmp_path / "run"), "--report-to", "none"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launcher, "--main_process_port", str(free_port()), str(ROOT / "scripts" / "train.py"), *flags],
+        env=environment(), capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["world"]) == ("finished", 2)
 
 
 ENCODING = """

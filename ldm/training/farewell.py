@@ -3,12 +3,11 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch.distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ldm.errors import MachineError
+from ldm.errors import LdmError, MachineError
 from ldm.training.workers import Workers
 
 SECONDS = 5.0  # in which the others notice, too, that somebody is missing
@@ -24,7 +23,9 @@ def together(me: Workers) -> Iterator[None]:
         yield
     except Exception as error:  # any of them is the end here, and its kind says whose
         if not is_of_others(error):
-            say(me, "failed")
+            say(me, f"failed: {error}")
+            if isinstance(error, LdmError) and said_by_main(me, str(error)):
+                raise SystemExit(error.exit_code) from None
             raise
         silent = missing(me) if say(me, "left alone") else [0]
         if silent is None or me.rank != min(set(range(me.world)) - set(silent)):
@@ -42,8 +43,21 @@ def is_of_others(error: Exception) -> bool:
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def say(me: Workers, how: Literal["failed", "left alone"]) -> bool:
-    """Leave word of how this process ends; False where the store is gone."""
+def said_by_main(me: Workers, words: str) -> bool:
+    """Whether the main process ends with the same words, which then are said once."""
+    until = time.monotonic() + SECONDS
+    try:
+        while me.rank > 0 and time.monotonic() < until:
+            if _get_default_store().check(["ended/0"]):
+                return _get_default_store().get("ended/0") == f"failed: {words}".encode()
+            time.sleep(0.1)
+    except torch.distributed.DistError:
+        pass
+    return False
+
+
+def say(me: Workers, how: str) -> bool:
+    """Leave word of how this process ends: "left alone", or "failed: " and why. False where the store is gone."""
     if me.world > 1:
         try:
             _get_default_store().set(f"ended/{me.rank}", how)
@@ -86,7 +100,7 @@ def missing(me: Workers) -> list[int] | None:
         while awaited and time.monotonic() < until:
             time.sleep(0.1)
             heard = [rank for rank in awaited if _get_default_store().check([f"ended/{rank}"])]
-            if any(_get_default_store().get(f"ended/{rank}") == b"failed" for rank in heard):
+            if any(_get_default_store().get(f"ended/{rank}").startswith(b"failed") for rank in heard):
                 return None
             awaited = [rank for rank in awaited if rank not in heard]
     except torch.distributed.DistError:
