@@ -30,6 +30,8 @@ from ldm.training.update import Losses, Objective
 class AutoencoderTraining(OptimizationConfig):
     """The autoencoder stage."""
 
+    # Begins as the autoencoder of `--base`, whose shape it has, instead of anew.
+    from_base: bool = False
     crop: PositiveInt = 64
     # Pictures are shrunk to one of these sides before the crop; the autoencoder learns all scales it will meet.
     sides: tuple[PositiveInt, ...] = (256, 128, 64)

@@ -57,6 +57,8 @@ def check_parts(this: Run, stage: str) -> None:
             f"autoencoder_training.crop: got {learning.crop}, expected a multiple of {config.factor}, by which this "
             f"autoencoder shrinks; use {-(-learning.crop // config.factor) * config.factor}"
         )
+    if learning is not None and learning.from_base:
+        check_same_autoencoder(this)
     if this.base is not None:
         return
     if recipe.fine_tune:
@@ -75,6 +77,24 @@ def check_parts(this: Run, stage: str) -> None:
             raise SettingError(
                 f"{stage}: there is no {name} in {this.folder}; run the stages before this one, or give a --base "
                 "that has one"
+            )
+
+
+def check_same_autoencoder(this: Run) -> None:
+    """Say now that an autoencoder cannot begin as the base's; their statistics may differ, since they are fitted."""
+    own, key = this.model.autoencoder, "autoencoder_training.from_base"
+    if this.base is None:
+        raise SettingError(f"--base: {key} begins with the autoencoder of another model; name it")
+    given = this.base.config.autoencoder
+    if not (isinstance(own, AutoencoderConfig) and isinstance(given, AutoencoderConfig)):
+        raise SettingError(f"{key}: both models need an autoencoder that is trained; leave it out")
+    fitted = {"latent_mean", "latent_std", "preview"}
+    one, other = own.model_dump(exclude=fitted), given.model_dump(exclude=fitted)
+    for name in one:
+        if one[name] != other[name]:
+            raise SettingError(
+                f"{key}: model.autoencoder.{name} is {one[name]}, that of {this.base.name} {other[name]}; "
+                f"use {other[name]}, or from_base: false"
             )
 
 

@@ -78,7 +78,10 @@ def autoencoder_stage(run: Run) -> Iterator[Report]:
         return
     torch.manual_seed(run.recipe.seed)
     autoencoder = channels_last(KLAutoencoder(shape))
-    initialise(autoencoder)
+    if config.from_base and run.base is not None:
+        autoencoder.load_state_dict(run.base.autoencoder.state_dict())  # type: ignore[attr-defined]
+    else:
+        initialise(autoencoder)
     module, adversary = with_adversary(autoencoder, config, shape)
     perceptual = Lpips.load(config.perceptual) if config.perceptual is not None else None
     yield from train(

@@ -24,7 +24,9 @@ from ldm.data.shards import write_shards
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
 from ldm.training import latents, record, update
+from ldm.training.checkpoint import load_tensors
 from ldm.training.loop import Report
+from ldm.training.stages import averaged
 from ldm.training.workers import workers
 
 
@@ -85,8 +87,13 @@ def test_a_limit_of_time_that_is_none_is_refused(train: Script, recipe: Path, tm
         ("\tname: x", "tiny.yaml:1"),
         ("name: x\nname: y", "tiny.yaml:2: not valid YAML: key 'name' is given twice"),
         ("name: x\ndata: {digits: bundled}\nsample_prompts: [a]", "nothing is trained"),
+        ("name: x\ndata:\n  digits: bundled\n  mirorr: 0.5", "tiny.yaml:4: data.mirorr: no such key (did you mean 'mi"),
+        (
+            "name: x\ndata: {digits: bundled}\nunet_training:\n  - side: 8\n    steps: many",
+            "tiny.yaml:5: unet_training.0.steps: ",
+        ),
     ],
-    ids=["empty", "tab", "twice", "nothing to train"],
+    ids=["empty", "tab", "twice", "nothing to train", "unknown", "wrong type"],
 )
 def test_a_wrong_recipe_is_said_with_its_line(
     train: Script, recipe: Path, tmp_path: Path, text: str, words: str
@@ -168,6 +175,22 @@ def test_a_signal_saves_and_ends_with_75(
     assert train(*flags).code == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_a_signal_while_pictures_are_drawn_does_not_wait_for_them(
+    train: Script, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = TextToImage.draw
+
+    def signalled(self: TextToImage, *arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self, *arguments)
+
+    monkeypatch.setattr("ldm.training.stages.averaged", averaged)
+    monkeypatch.setattr(TextToImage, "draw", signalled)
+    assert train("unet", "--config", recipe, "--run-dir", tmp_path / "run", "sample_every=1").code == 75
+    assert (tmp_path / "run" / "checkpoints" / "unet-0" / "step_00000002").is_dir()
+    assert not list((tmp_path / "run" / "samples").glob("*.png"))
 
 
 def test_checkpoints_of_which_none_is_whole_end_with_4(train: Script, recipe: Path, tmp_path: Path) -> None:
@@ -396,6 +419,7 @@ sample_prompts: [a]
         ("unet", ("unet_training=[]",), "unet: this recipe has no section for it"),
         ("all", ("fine_tune=true",), "--base: fine_tune begins with"),
         ("vae", ("autoencoder_training.crop=15",), "expected a multiple of 2"),
+        ("vae", ("autoencoder_training.from_base=true",), "--base: autoencoder_training.from_base begins with"),
     ],
 )
 def test_what_a_stage_lacks_is_said_before_anything_is_computed(
@@ -413,6 +437,21 @@ def test_a_recipe_of_an_autoencoder_alone_ends_with_it(train: Script, recipe: Pa
     alone = ("clip=null", "clip_training=null", "unet_training=[]")
     assert train("all", "--config", recipe, "--run-dir", tmp_path / "run", *alone).code == 0
     assert (tmp_path / "run" / "autoencoder.safetensors").is_file()
+
+
+def test_an_autoencoder_can_begin_as_that_of_the_base(train: Script, recipe: Path, tmp_path: Path) -> None:
+    write_shards(samples(8), tmp_path / "data", 4, "shades")
+    recipe.write_text(WHOLE.replace("SHARDS", str(tmp_path / "data")))
+    shape = "model.autoencoder.multipliers=[1,1,2,2]"
+    flags = ("vae", "--config", recipe, "--base", tiny_model().save(tmp_path / "base"), shape)
+    still = ("autoencoder_training.from_base=true", "autoencoder_training.learning_rate=1e-20")
+    ended = train(*flags, "--run-dir", tmp_path / "run", *still)
+    assert ended.code == 0, ended.err
+    base = Bundle.load(str(tmp_path / "base")).autoencoder.state_dict()  # type: ignore[attr-defined]  # it is a module
+    learned = load_tensors(tmp_path / "run" / "autoencoder.safetensors")
+    assert all(torch.allclose(learned[name], base[name], atol=1e-6) for name in base)
+    other = train(*flags, "--run-dir", tmp_path / "other", *still, "model.autoencoder.res_blocks=2")
+    check(other, 2, "from_base: model.autoencoder.res_blocks is 2, that of base 1; use 1")
 
 
 @pytest.mark.parametrize("stage", ["lora", "consistency"])
