@@ -4,8 +4,7 @@ import fcntl
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from ldm.errors import LdmError, MachineError, SettingError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
     from ldm.bundle import Bundle
     from ldm.training.diffusion import DiffusionTraining
@@ -67,19 +67,18 @@ def main() -> int:
     if args.train_data:
         overrides += ["data.digits=null", f"data.shards={json.dumps(args.train_data)}"]
     recipe = config.load(args.config, Recipe, overrides)
-    from ldm.training.farewell import together
     from ldm.training.workers import workers
 
     if args.stage == "bundle":
         return bundled(args, recipe)
     me = workers(args.dist_timeout)
     with ExitStack() as held:
-        with together(me):
-            if me.main:
-                args.run_dir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(alone(args.run_dir))
-            me.wait()  # for the lock, before anybody writes to the folder
-        return conducted(args, recipe)
+        refused = taken(args.run_dir, held) if me.main else None
+        if not me.agreed(refused is not None):
+            return conducted(args, recipe)
+    if refused is not None:
+        raise refused
+    return SettingError.exit_code  # the main process says why
 
 
 def conducted(args: "argparse.Namespace", recipe: "Recipe") -> int:
@@ -139,17 +138,14 @@ def bundled(args: "argparse.Namespace", recipe: "Recipe") -> int:
     return 0
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which ends with this process however it ends. SettingError if another has it."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingError(
-                f"{folder}: another run is using this folder; wait for it or give another --run-dir"
-            ) from None
-        yield
+def taken(folder: Path, held: ExitStack) -> SettingError | None:
+    """Take the lock of a run's folder, until `held` or the process ends. What is wrong where another run has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.flock(held.enter_context((folder / ".lock").open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return SettingError(f"{folder}: another run is using this folder; wait for it or give another --run-dir")
+    return None
 
 
 def opened(args: "argparse.Namespace", recipe: "Recipe", conduct: "Conduct") -> "Run":

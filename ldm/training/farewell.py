@@ -11,6 +11,7 @@ from ldm.errors import LdmError, MachineError
 from ldm.training.workers import Workers
 
 SECONDS = 5.0  # in which the others notice, too, that somebody is missing
+LISTENING = 0.5  # for which the main process stays once all others have failed, since the store may lie in it
 
 
 @contextmanager
@@ -24,8 +25,11 @@ def together(me: Workers) -> Iterator[None]:
     except Exception as error:  # any of them is the end here, and its kind says whose
         if not is_of_others(error):
             say(me, f"failed: {error}")
-            if isinstance(error, LdmError) and said_by_main(me, str(error)):
-                raise SystemExit(error.exit_code) from None
+            if isinstance(error, LdmError):
+                if said_by_main(me, str(error)):
+                    raise SystemExit(error.exit_code) from None
+                if me.main and not missing(me, failed=False):
+                    time.sleep(LISTENING)  # they look once more whether it is what the main one says
             raise
         silent = missing(me) if say(me, "left alone") else [0]
         if silent is None or me.rank != min(set(range(me.world)) - set(silent)):
@@ -93,14 +97,14 @@ def heartbeat(me: Workers) -> Callable[[], None]:
     return listen
 
 
-def missing(me: Workers) -> list[int] | None:
-    """The ranks that have not said within some seconds how they end; None where one said that it has failed."""
+def missing(me: Workers, failed: bool = True) -> list[int] | None:
+    """The ranks that have not said within some seconds how they end; None, if `failed` ends it, where one failed."""
     awaited, until = [rank for rank in range(me.world) if rank != me.rank], time.monotonic() + SECONDS
     try:
         while awaited and time.monotonic() < until:
             time.sleep(0.1)
             heard = [rank for rank in awaited if _get_default_store().check([f"ended/{rank}"])]
-            if any(_get_default_store().get(f"ended/{rank}").startswith(b"failed") for rank in heard):
+            if failed and any(_get_default_store().get(f"ended/{rank}").startswith(b"failed") for rank in heard):
                 return None
             awaited = [rank for rank in awaited if rank not in heard]
     except torch.distributed.DistError:
