@@ -230,6 +230,19 @@ def test_an_adaptation_needs_its_base_and_keeps_to_it(train: Script, recipe: Pat
     )
 
 
+def test_a_word_is_learned_for_its_base(train: Script, recipe: Path, tmp_path: Path) -> None:
+    write_shards(samples(8), tmp_path / "data", 4, "shades")
+    recipe.write_text(
+        LORA.replace("lora_training", "inversion_training").replace("rank: 2", 'word: "<hue>", begin: the')
+    )
+    flags = ("inversion", "--config", recipe, "--run-dir", tmp_path / "run", f"data.shards={tmp_path / 'data'}")
+    check(train(*flags), 2, "--base")
+    model = tiny_model()
+    assert train(*flags, "--base", model.save(tmp_path / "base")).code == 0
+    word = load_tensors(tmp_path / "run" / "word.safetensors")
+    assert {name: tensor.shape for name, tensor in word.items()} == {"<hue>": (1, 32)}
+
+
 def test_a_distilled_model_is_a_bundle_that_draws_in_four_steps(train: Script, recipe: Path, tmp_path: Path) -> None:
     write_shards(samples(8), tmp_path / "data", 4, "shades")
     recipe.write_text(LORA.replace("lora_training", "consistency_training").replace("rank: 2", "guidance_scale: 3"))

@@ -1,16 +1,19 @@
 """What we write opens in diffusers, as a folder and as one file, and says the same there."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import few
+from helpers import Script, few
+from PIL import Image
 from torch import Tensor, nn
 
 from ldm.bundle import Bundle
 from ldm.config import validate
+from ldm.data.shards import write_shards
 from ldm.formats.export import Exported, compvis_tensors, exported, to_single_file
 from ldm.formats.export_diffusers import to_diffusers
 from ldm.formats.tensors import MemoryTensor, StoredTensor
@@ -131,17 +134,27 @@ def test_every_part_says_the_same_in_diffusers(model: Model) -> None:
 
 
 def test_picture_is_the_same_in_diffusers(model: Model) -> None:
-    engine = TextToImage(model.bundle)
+    ours = drawn(model.bundle)
+    for opened, pipeline in model.pipelines.items():
+        difference = (theirs(model, pipeline) - ours).abs().max()
+        assert difference <= 1, (opened, float(difference))
+
+
+def drawn(bundle: Bundle) -> Tensor:
+    """The picture of the first prompt (h w 3), 0 to 255."""
+    engine = TextToImage(bundle)
     request = engine.ready(GenerationRequest(prompt=PROMPTS[0], seed=5, steps=4, guidance_scale=3.0))
     *_, last = engine.stream(request)
     (ours,) = engine.images(request, last.x)
-    for opened, pipeline in model.pipelines.items():
-        pipeline.set_progress_bar_config(disable=True)
-        settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "np"}
-        noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(5))
-        theirs = pipeline(PROMPTS[0], latents=scaled(model, noise), **settings).images[0]
-        difference = abs(torch.tensor(theirs) * 255 - torch.tensor(pixels(ours.image))).max()
-        assert difference <= 1, (opened, float(difference))
+    return torch.tensor(pixels(ours.image))
+
+
+def theirs(model: Model, pipeline: Any) -> Tensor:
+    """The same by diffusers."""
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "np"}
+    noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(5))
+    return torch.tensor(pipeline(PROMPTS[0], latents=scaled(model, noise), **settings).images[0]) * 255
 
 
 def scaled(model: Model, noise: Tensor) -> Tensor:
@@ -156,6 +169,37 @@ def pixels(image: Any) -> Any:
     import numpy as np
 
     return np.asarray(image, dtype="float32")
+
+
+LORA = """
+name: red
+data: {shards: SHARDS}
+lora_training: {side: 64, steps: 60, batch_size: 4, learning_rate: 1e-2, warmup_steps: 0, precision: "no", rank: 4,
+  layers: linear, caption_dropout: 0}
+sample_prompts: [a]
+"""
+
+
+def test_a_lora_that_was_trained_on_a_file_draws_the_same_in_diffusers(
+    model: Model, train: Script, tmp_path: Path
+) -> None:
+    """From a single file with Stable Diffusion's names to a picture, in both, and it is not the picture of before."""
+    pytest.importorskip("peft")
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), (220, 20, 60)).save(picture, "PNG")
+    samples = [{"__key__": f"{i}", "png": picture.getvalue(), "txt": PROMPTS[0]} for i in range(8)]
+    write_shards(samples, tmp_path / "data", 8, "red")
+    (tmp_path / "red.yaml").write_text(LORA.replace("SHARDS", str(tmp_path / "data")))
+    flags = ("lora", "--config", tmp_path / "red.yaml", "--base", model.folder / "one.safetensors")
+    ended = train(*flags, "--run-dir", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    ours, before = drawn(Bundle.load(str(tmp_path / "run" / "red"))), drawn(model.bundle)
+    pipeline = model.pipelines["folder"]
+    pipeline.load_lora_weights(tmp_path / "run" / "lora.safetensors")
+    difference = (theirs(model, pipeline) - ours).abs()
+    # The bundle's weights are fp16, with the additions merged in.
+    assert float(difference.max()) <= 6 and float(difference.mean()) < 1, (difference.max(), difference.mean())
+    assert float((ours - before).abs().mean()) > 10
 
 
 def test_diffusers_turns_our_names_into_its_own(model: Model) -> None:
