@@ -28,7 +28,7 @@ def together(me: Workers) -> Iterator[None]:
             if isinstance(error, LdmError):
                 if said_by_main(me, str(error)):
                     raise SystemExit(error.exit_code) from None
-                if me.main and not missing(me, failed=False):
+                if me.main and me.world > 1 and not missing(me, failed=False):
                     time.sleep(LISTENING)  # they look once more whether it is what the main one says
             raise
         silent = missing(me) if say(me, "left alone") else [0]
