@@ -267,6 +267,19 @@ def test_a_loss_scale_is_restored_and_its_fall_below_one_ends_the_run(tmp_path: 
         update.leave_out(1, [], "overflow")
 
 
+def test_a_process_that_does_not_write_keeps_no_copy_of_the_state() -> None:
+    config = OptimizationConfig(steps=1, batch_size=1, learning_rate=1.0)
+    learner = state.trainee(torch.nn.Linear(2, 2), config)
+    learner.module(torch.ones(1, 2)).sum().backward()
+    learner.optimizer.step()
+    written, helped = (state.capture(1, learner, 2, take=take) for take in (True, False))
+    assert {name: part.keys() for name, part in written.tensors.items()} == {
+        name: part.keys() for name, part in helped.tensors.items()
+    }
+    assert all(tensor.numel() for part in written.tensors.values() for tensor in part.values())
+    assert not any(tensor.numel() for part in helped.tensors.values() for tensor in part.values())
+
+
 def test_a_network_that_cannot_learn_is_refused() -> None:
     config = OptimizationConfig(steps=1, batch_size=1, learning_rate=1.0)
     with pytest.raises(SettingError, match="no parameter that learns"):
