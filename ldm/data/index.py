@@ -9,8 +9,8 @@ import io
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class Table:
     keys: NDArray[np.bytes_]  # (n,)
     spans: NDArray[np.int64]  # (n, kinds, 2)
     dimensions: NDArray[np.int32]  # (n, 2) width and height; empty where nobody asked
-    left_out: Mapping[str, int] = field(default_factory=dict)  # samples and shards that are not here, by reason
+    tally: Tally  # what was seen and left out when the shards were indexed
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -98,7 +98,7 @@ def open_table(
         keys=np.concatenate([part["key"] for part in parts]),
         spans=np.concatenate([part["spans"] for part in parts]),
         dimensions=np.concatenate([part["dimensions"] for part in parts]) if measure else np.empty((0, 2), np.int32),
-        left_out=tally.counts,
+        tally=tally,
     )
 
 

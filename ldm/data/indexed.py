@@ -53,7 +53,6 @@ class IndexedShards:
         further = find_shards(config.mix.shards) if config.mix is not None else []
         self.table = open_table([*paths, *further], DECODED, config.index, measure, config.max_bad_fraction)
         self.tally = Tally(config.max_bad_fraction, size=len(self.table))
-        self.tally.again(sum(self.table.left_out.values()), self.table.left_out)
         self.plan = self._plan(int((self.table.shard < len(paths)).sum()))
         self.reader = Reader(self.table)
 
@@ -71,6 +70,11 @@ class IndexedShards:
             return None
         widths, heights = self.table.dimensions.T
         return assign(widths, heights, self.sizes)
+
+    @property
+    def tallies(self) -> tuple[Tally, ...]:
+        """What counts bad samples: those that the index left out, and those that reading finds."""
+        return self.table.tally, self.tally
 
     def __len__(self) -> int:
         return len(self.table)

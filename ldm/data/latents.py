@@ -185,7 +185,6 @@ class LatentShards:
         self.shapes, buckets = np.unique(known_dimensions(self.table.dimensions), axis=0, return_inverse=True)
         several = buckets.ravel() if len(self.shapes) > 1 else None
         self.tally = Tally(config.max_bad_fraction, size=len(self.table))
-        self.tally.again(sum(self.table.left_out.values()), self.table.left_out)
         self.plan = Plan(len(self.table), config.batch_size, config.seed, several)
         self.null = read_null(paths[0].parent / NULL) if made_from.text else None
         self._reader = Reader(self.table)
@@ -199,6 +198,11 @@ class LatentShards:
             if shape is not None and len(shape) == 4:
                 return shape[1]
         raise DataError(f"{self.table.where(0)}: no latent, expected {LATENT} of fp16 (2 c h w); cache them again")
+
+    @property
+    def tallies(self) -> tuple[Tally, ...]:
+        """What counts bad samples: those that the index left out, and those that reading finds."""
+        return self.table.tally, self.tally
 
     def __len__(self) -> int:
         return len(self.table)

@@ -23,7 +23,7 @@ from ldm.data.loading import loaded, plain
 from ldm.data.order import Chance, Part
 from ldm.data.pictures import PictureBatch
 from ldm.data.settings import PicturesConfig
-from ldm.data.tally import Fault
+from ldm.data.tally import Fault, Tally
 from ldm.data.transforms import concept, fit, is_mirrored
 from ldm.errors import LdmError, SettingError
 
@@ -65,6 +65,11 @@ class ResidentShards:
         self._shards = IndexedShards(config)
         self.tally = self._shards.tally
         self._memory = self._read(workers)
+
+    @property
+    def tallies(self) -> tuple[Tally, ...]:
+        """What counts bad samples: those that the index left out, and those that reading found."""
+        return self._shards.tallies
 
     def __len__(self) -> int:
         return len(self._shards)

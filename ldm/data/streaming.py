@@ -54,6 +54,11 @@ class StreamedShards:
         self.sizes = bucket_sizes(config.pictures.side, config.buckets)
         self.tally = Tally(config.max_bad_fraction, window=None, quiet=True)  # the readers name what is bad
 
+    @property
+    def tallies(self) -> tuple[Tally, ...]:
+        """What counts bad samples: one tally, since nothing is looked at before it is read."""
+        return (self.tally,)
+
     def batches(self, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[PictureBatch]:
         """This rank's part of global batches from step `start` on, without end.
 

@@ -96,10 +96,10 @@ def shards(data: DataConfig, batch_size: int, side: int, seed: int, me: Workers,
     config = settings(data, batch_size, side, seed)
     if data.resident:
         resident = ResidentShards(config, me.device, data.workers)
-        tallies.append(resident.tally)
+        tallies.extend(resident.tallies)
         return lambda start: resident.batches(start, me.rank, me.world)
     source = open_pictures(config)
-    tallies.append(source.tally)
+    tallies.extend(source.tallies)
     return lambda start: source.batches(start, me.rank, me.world, data.workers)
 
 

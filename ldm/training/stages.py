@@ -240,7 +240,7 @@ def diffusion_batches(
         digests = (network_digest(bundle, "autoencoder"), network_digest(bundle, "text"))
         made_from, data = MadeFrom(*digests, stage.side), run.recipe.data
         shards = latent_shards(stage.latents, data, stage.batch_size, seed, made_from)
-        run.tallies.append(shards.tally)
+        run.tallies.extend(shards.tallies)
         return shard_batches(shards, data.workers)
     condition = encoding(run, bundle, stage, torch.float32)
     pictures = run.pictures(stage.batch_size, stage.side, seed)
