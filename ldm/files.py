@@ -1,12 +1,12 @@
 """What is written appears under its name when it is whole and on the disk, or not at all."""
 
-import glob
 import hashlib
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 ABANDONED_SECONDS = 86400
@@ -34,10 +34,17 @@ def appearing(path: Path, shared: bool = False) -> Iterator[Path]:
 
 def remove_abandoned(path: Path) -> None:
     """Delete temporary files for `path` that were last written to a day ago."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with suppress(FileNotFoundError):  # another process was here first
-            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-                remove(left)
+    for left in temporaries(path.parent):
+        if left.name.removeprefix(f".{path.name}.").removesuffix(".tmp").isdigit():
+            with suppress(FileNotFoundError):  # another process was here first
+                if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                    remove(left)
+
+
+@cache
+def temporaries(folder: Path) -> tuple[Path, ...]:
+    """What had a temporary name in a folder when this process first wrote to it; listing it for each shard is slow."""
+    return tuple(folder.glob(".*.tmp"))
 
 
 def save_text(path: Path, text: str) -> None:

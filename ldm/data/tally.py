@@ -77,7 +77,7 @@ class Tally:
                 raise self._too_many(f"of {self.window}")
 
     def again(self, seen: int, counts: Mapping[str, int]) -> None:
-        """Count samples, the bad ones by reason, that have been judged and named before."""
+        """Count samples, the bad ones by reason, that an earlier run has judged and named."""
         self.seen += seen
         self.counts.update(counts)
 

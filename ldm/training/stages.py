@@ -78,8 +78,9 @@ def autoencoder_stage(run: Run) -> Iterator[Report]:
         return
     torch.manual_seed(run.recipe.seed)
     autoencoder = channels_last(KLAutoencoder(shape))
-    if config.from_base and run.base is not None:
-        autoencoder.load_state_dict(run.base.autoencoder.state_dict())  # type: ignore[attr-defined]
+    if config.from_base:
+        assert run.base is not None and isinstance(run.base.autoencoder, KLAutoencoder)  # preflight has seen to it
+        autoencoder.load_state_dict(run.base.autoencoder.state_dict())
     else:
         initialise(autoencoder)
     module, adversary = with_adversary(autoencoder, config, shape)
