@@ -2,11 +2,14 @@
 
 import os
 import re
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from ldm.errors import MachineError, SettingError
 
@@ -56,20 +59,44 @@ def reserved(folder: Path, name: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     number = max(_numbers(folder), default=0) + 1
     while True:
-        reservation = folder / f".{number:04d}.reserved"
+        reservation, ours = folder / f".{number:04d}.reserved", False
         try:
-            os.close(os.open(reservation, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        except FileExistsError:
-            number += 1
-            continue
-        try:
+            with ctrl_c_waits():
+                ours = _create(reservation)
             # Another process may have finished this number between our look and our reservation.
-            if number not in _numbers(folder):
+            if ours and number not in _numbers(folder):
                 yield folder / f"{number:04d}-{name}.png"
                 return
         finally:
-            reservation.unlink(missing_ok=True)
+            with ctrl_c_waits():
+                if ours:
+                    reservation.unlink(missing_ok=True)
         number += 1
+
+
+@contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """What must not be done by half: a Ctrl-C in the block counts when it is over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = list[tuple[int, FrameType | None]]()
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        if came and callable(before):
+            before(*came[0])
+
+
+def _create(file: Path) -> bool:
+    """Make an empty file; False where there is one already."""
+    try:
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return False
+    return True
 
 
 def _numbers(folder: Path) -> set[int]:

@@ -1,10 +1,12 @@
 """Names of pictures: never taken twice, and nothing is left behind."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +46,25 @@ def test_numbers_go_on_after_the_highest_and_a_reserved_one_is_skipped(tmp_path:
 def test_reservation_ends_with_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), reserved(tmp_path / "new", "a"):
         raise KeyboardInterrupt
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(("owner", "call"), [(os, "close"), (Path, "unlink")], ids=["made", "removed"])
+def test_ctrl_c_while_a_reservation_is_made_or_removed_leaves_none(
+    owner: Any, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, plain = signal.signal(signal.SIGINT, signal.default_int_handler), getattr(owner, call)
+
+    def interrupted(*words: Any, **more: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        plain(*words, **more)
+
+    monkeypatch.setattr(owner, call, interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt), reserved(tmp_path / "new", "a"):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list((tmp_path / "new").iterdir()) == []
 
 
