@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ import pytest
 from helpers import Ended, command, environment, start
 from PIL import Image
 
+from ldm.bundle import Bundle
 from ldm.images import read_settings
+from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
 
 Script = Callable[..., Ended]
@@ -150,6 +153,33 @@ def test_words_that_do_not_fit_are_named(txt2img: Script, tiny_folder: Path, tmp
     ended = txt2img("-p", prompt, "--model", tiny_folder, "--steps", "1", "--outdir", tmp_path)
     assert ended.code == 0
     assert [line for line in ended.err.splitlines() if line.startswith("warning: ") and line.endswith("zebra")]
+
+
+def test_text_tower_goes_before_pictures_are_drawn_if_few_texts_are_asked_for(
+    txt2img: Script, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    towers, alive = list[weakref.ref[Any]](), list[bool]()
+    load, stream = Bundle.load, TextToImage.stream
+
+    def remember(*where: Any) -> Bundle:
+        bundle = load(*where)
+        towers.append(weakref.ref(bundle.text))
+        return bundle
+
+    def look(pipeline: TextToImage, request: GenerationRequest) -> Any:
+        alive.append(towers[-1]() is not None)
+        return stream(pipeline, request)
+
+    monkeypatch.setattr(Bundle, "load", remember)
+    monkeypatch.setattr(TextToImage, "stream", look)
+    flags = ("--model", tiny_folder, "--seed", "1", "--steps", "1", "--quiet", "--negative-prompt", "b")
+    few = txt2img("-p", "a", "-p", "c", *flags, "--perp-neg", "1", "--outdir", tmp_path / "few")
+    assert (few.code, alive) == (0, [False, False])
+    (tmp_path / "many.txt").write_text("\n".join(["a", *(f"word {i}" for i in range(64))]))
+    many = txt2img("--from-file", tmp_path / "many.txt", *flags, "--perp-neg", "1", "--outdir", tmp_path / "many")
+    assert many.code == 0 and len(alive) == 2 + 65 and all(alive[2:])
+    first = (Path(ended.out.split()[0]).read_bytes() for ended in (few, many))
+    assert next(first) == next(first)
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(txt2img: Script, tiny_folder: Path, tmp_path: Path) -> None:

@@ -90,6 +90,24 @@ class TextEncoder(Protocol):
         ...
 
 
+class ReadAhead:
+    """What a text encoder says of texts that are known beforehand, so that it need not stay in memory for them."""
+
+    @torch.inference_mode()
+    def __init__(self, encoder: TextEncoder, texts: Sequence[str]) -> None:
+        """Read all `texts`, each by itself. Raises SettingError for one that the encoder cannot read."""
+        self._said = {text: (encoder.encode([text]), encoder.words_cut(text)) for text in texts}
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        """What the encoder said of `prompts`, which are among its texts."""
+        said = [self._said[prompt][0] for prompt in prompts]
+        return TextEmbedding(torch.cat([one.tokens for one in said]), torch.cat([one.pooled for one in said]))
+
+    def words_cut(self, prompt: str) -> str:
+        """The end of `prompt` that did not fit into the encoder's context; empty if all fitted."""
+        return self._said[prompt][1]
+
+
 def open_clip_module() -> Any:
     """open_clip, imported late because it is slow."""
     import_torchvision()
