@@ -14,7 +14,7 @@ from ldm.machine import single_threads
 
 # Scores of attention in a block, and numbers in a band of rows: so many that they stay in the caches.
 SCORES = 2**21
-BAND = 3 * 2**19
+BAND = 3 * 2**20
 # From so many keys on two products and a softmax are faster than PyTorch's fused kernel.
 MANY_KEYS = 128
 # In training, where that kernel's way back is slow in bf16, up to so many.
