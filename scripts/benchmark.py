@@ -55,7 +55,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--dtype", default="auto", metavar="NAME", help="ours and diffusers' best [auto]")
     made.add_argument("--side", metavar="PIXELS", help="of the pictures [512]")
     made.add_argument("--batch", default="1", metavar="N,…", help="pictures at once [1]")
-    made.add_argument("--repeat", metavar="N", help="turns of each contender [5; whole processes 2]")
+    made.add_argument("--repeat", metavar="N", help="turns of each [5]; of start, sample, memory at most 2")
     made.add_argument("--steps", default="4", metavar="N", help="of whole processes [4]")
     made.add_argument("--compile", action="store_true", help="the UNet also compiled, ours and theirs")
     made.add_argument("--quick", action="store_true", help="one turn at 256 pixels: to see that it runs")
@@ -83,17 +83,24 @@ def main() -> None:
         for what, found in processes(whole, args, with_theirs, repeat, side, steps):
             figures[what] = found
             show(what, found)
+            keep(figures, args)
     if set(chosen) & set(INSIDE):
         for batch in batches:
             for comparison in contests(chosen, args, with_theirs, repeat, side, batch, figures):
                 figures[comparison.what] = comparison.values()
                 show(comparison.what, figures[comparison.what])
+                keep(figures, args)
     if before:
         show_change(before, figures)
-    if args.out:
-        args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    keep(figures, args)
     if args.plot:
         args.plot.write_text(plot(figures), encoding="utf-8")
+
+
+def keep(figures: Figures, args: argparse.Namespace) -> None:
+    """Write down what there is so far: a later part may fail, or be stopped."""
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def checked(args: argparse.Namespace) -> tuple[list[str], list[int], int, int, int]:
@@ -147,9 +154,10 @@ def contests(
     from ldm.evaluation.contests import CONTESTS, Bench
     from ldm.evaluation.speed import roofline
     from ldm.machine import find_device, find_dtype, keep_freed_memory
-    from ldm.models.text import open_clip_module
+    from ldm.models.text import import_torchvision
 
-    open_clip_module()  # makes torchvision importable beside a CPU-only PyTorch; diffusers imports it too
+    if find_spec("torchvision"):
+        import_torchvision()  # also beside a CPU-only PyTorch; diffusers does it too
     device = find_device(args.device)
     bench = Bench(device, find_dtype(args.dtype, device)[0], side, batch, repeat, args.compile, with_theirs)
     for dtype in dict.fromkeys((torch.float32, bench.dtype, torch.bfloat16)):

@@ -76,7 +76,7 @@ def test_plan_adds_up(tiny_bundle: Bundle) -> None:
     assert plan["weights"] == sum(t.nbytes for part in parts for t in part.state_dict().values())
     assert plan["whole"] == plan["weights"] + max(plan["step"], plan["decode"])
     assert memory_plan(request, config, torch.float32, lent=True)["whole"] < plan["whole"]
-    large = request.model_copy(update={"width": 512, "height": 512})  # bands of a small picture spare nothing
+    large = request.model_copy(update={"width": 768, "height": 768})  # bands of a small picture spare nothing
     whole, bands = (memory_plan(large, config, torch.float32, sparing=sparing)["decode"] for sparing in (False, True))
     assert bands < whole
     twice = request.model_copy(update={"num_images": 2, "batch_size": 2})

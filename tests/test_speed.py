@@ -6,7 +6,8 @@ import re
 import runpy
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,45 @@ def test_contenders_take_turns_and_every_second_round_goes_backwards() -> None:
     assert all(len(timing.seconds) == 3 for timing in made.timings.values())
 
 
+def test_contenders_that_settle_work_once_before_each_turn_that_counts() -> None:
+    asked: list[str] = []
+    made = compare("x", {name: lambda name=name: asked.append(name) for name in "ab"}, 2, CPU, settle=True)
+    assert "".join(asked) == "ab" + "aabb" + "bbaa"
+    assert all(len(timing.seconds) == 2 for timing in made.timings.values())
+
+
+def test_on_a_gpu_graphs_are_recorded_first_and_short_work_is_done_several_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, asked = [0.0], list[str]()
+
+    def work(name: str, seconds: float) -> None:
+        asked.append(name)
+        now[0] += seconds
+
+    monkeypatch.setattr(speed, "synchronise", lambda device: None)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    contenders = {name: partial(work, name, seconds) for name, seconds in (("a", 0.03), ("b", 1.0))}
+    made = compare("x", contenders, 2, torch.device("cuda"))
+    assert "".join(asked) == "aaa" + "a" + "bbb" + "b" + "aaab" + "baaa"
+    assert made.timings["a"].seconds == pytest.approx([0.03, 0.03])
+    assert made.timings["b"].seconds == pytest.approx([1.0, 1.0])
+
+
+def test_figures_are_kept_where_a_later_part_fails(
+    in_process: Callable[[str], Script], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(bench: Bench) -> Iterator[Comparison]:
+        yield Comparison("x", {OURS: Timing([2.0], [0.0])}, Operations())
+        raise MachineError("memory: not enough")
+
+    monkeypatch.setitem(CONTESTS, "text", fails)
+    monkeypatch.setattr(speed, "roofline", lambda *_: Roofline(1.0, 1.0))
+    ended = in_process("benchmark.py")("--only", "text", "--quick", "--out", tmp_path / "x.json")
+    assert ended.code == 5, ended.err
+    assert json.loads((tmp_path / "x.json").read_text())["x"]["contenders"][OURS]["seconds"] == [2.0]
+
+
 def test_ratios_are_those_of_the_same_round() -> None:
     timings = {"ours": Timing([1.0, 2.0, 4.0], [0.0] * 3), "theirs": Timing([2.0, 3.0, 12.0], [0.0, 0.3, 0.3])}
     made = Comparison("x", timings, Operations())
@@ -102,7 +142,7 @@ def test_what_is_computed_otherwise_has_the_plain_result(
 ) -> None:
     compared: list[str] = []
 
-    def once(what: str, contenders: dict[str, Callable[[], object]], *rest: object) -> Comparison:
+    def once(what: str, contenders: dict[str, Callable[[], object]], *rest: object, **how: object) -> Comparison:
         ours, plain = (tensor_of(contenders[who]()) for who in (OURS, PLAIN))
         assert ours.norm() > 0 and float((ours - plain).norm() / plain.norm()) < 1e-5, what
         compared.append(what)
@@ -169,7 +209,7 @@ def test_every_contest_has_the_same_result_for_all(tiny: None, name: str, monkey
     bench.rooflines = {str(torch.float32): Roofline(1e9, 1e9)}
     results: dict[str, object] = {}
 
-    def once(what: str, contenders: dict[str, Callable[[], object]], *rest: object) -> Comparison:
+    def once(what: str, contenders: dict[str, Callable[[], object]], *rest: object, **how: object) -> Comparison:
         results.update({who: work() for who, work in contenders.items()})
         return Comparison(what, {who: Timing([1.0], [0.0]) for who in contenders}, Operations(1.0, 1.0))
 

@@ -17,6 +17,9 @@ Work = Callable[[], object]
 # Where other programs had more of the cores than this share, seconds say little.
 QUIET = 0.05
 STAT = Path("/proc/stat")
+# With CUDA graphs the first call runs as it is and the second is recorded; and one may take less than waiting for it.
+WARM_UP_ON_GPU = 3
+LEAST_SECONDS_ON_GPU = 0.1
 
 
 @dataclass(frozen=True)
@@ -116,31 +119,39 @@ def compare(
     device: torch.device,
     operations: Operations | None = None,
     warm_up: bool = True,
+    settle: bool = False,
 ) -> Comparison:
     """Let contenders do the same work in turns, after one turn that does not count; every second round goes backwards.
 
-    What drifts, a processor's clock or other work on the machine, then meets all of them alike.
+    What drifts, a processor's clock or other work on the machine, then meets all of them alike. With `settle` each
+    works once more before it is timed, and so finds the memory as it leaves it itself, not as the one before it did.
     """
-    if warm_up:
-        for work in contenders.values():
+    calls = dict.fromkeys(contenders, 1)
+    for name, work in contenders.items() if warm_up else ():
+        for _ in range(WARM_UP_ON_GPU if device.type == "cuda" else 1):
             once(work, device)
+        if device.type == "cuda":
+            calls[name] = max(1, round(LEAST_SECONDS_ON_GPU / once(work, device)[0]))
     timings = {name: Timing() for name in contenders}
     for turn in range(repeat):
         for name in list(contenders)[:: -1 if turn % 2 else 1]:
-            seconds, others = once(contenders[name], device)
+            if settle:
+                once(contenders[name], device)
+            seconds, others = once(contenders[name], device, calls[name])
             timings[name].seconds.append(seconds)
             timings[name].others.append(others)
     return Comparison(what, timings, operations or Operations())
 
 
-def once(work: Work, device: torch.device) -> tuple[float, float]:
-    """Seconds by the clock until all work is done, and the share of all cores that other programs had meanwhile."""
+def once(work: Work, device: torch.device, calls: int = 1) -> tuple[float, float]:
+    """Seconds by the clock of each of some calls, and the share of all cores that other programs had meanwhile."""
     synchronise(device)
     began, before = time.perf_counter(), foreign()
-    work()
+    for _ in range(calls):
+        work()
     synchronise(device)
     seconds = time.perf_counter() - began
-    return seconds, max(0.0, (foreign() - before) / (seconds * (os.cpu_count() or 1)))
+    return seconds / calls, max(0.0, (foreign() - before) / (seconds * (os.cpu_count() or 1)))
 
 
 def foreign() -> float:
@@ -165,9 +176,10 @@ def roofline(dtype: torch.dtype, device: torch.device, seconds: float = 1.0) -> 
     weight = torch.randn(320, 320, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
 
     def rate(work: Callable[[], Tensor], operations: float) -> float:
-        found, end = [once(work, device)[0]], time.perf_counter() + seconds
+        calls = 20 if device.type == "cuda" else 1
+        found, end = [once(work, device, calls)[0]], time.perf_counter() + seconds
         while time.perf_counter() < end or len(found) < 4:
-            found.append(once(work, device)[0])
+            found.append(once(work, device, calls)[0])
         return operations / min(found[1:])
 
     with torch.inference_mode():
