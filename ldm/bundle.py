@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -117,13 +118,14 @@ class Bundle:
 
         On CUDA their kernels are chosen by trial and run as one graph.
         """
-        how = {"mode": "max-autotune"} if self.device.type == "cuda" else {}
+        # Code for any size would be slower, and CUDA graphs have one size each.
+        how: dict[str, Any] = {"mode": "max-autotune", "dynamic": False} if self.device.type == "cuda" else {}
         for module in self.unet.modules():
             if isinstance(module, Conv2d):
                 module.unpack()
                 module.packs = False
         self.unet.compile(**how)
-        if isinstance(self.autoencoder, KLAutoencoder):
+        if isinstance(self.autoencoder, KLAutoencoder) and not self.autoencoder.sparing:  # bands are code of their own
             self.autoencoder.decoder.compile(**how)
 
     @staticmethod

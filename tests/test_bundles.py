@@ -1,12 +1,14 @@
 """The weights that ship are whole, small enough, and draw what they are asked for."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from ldm.bundle import Bundle, read_config, verify
 from ldm.evaluation.scores import score_shapes
 from ldm.formats.finding import DEFAULT, FOLDER, bundled_names, find
-from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
 
@@ -44,3 +46,14 @@ def test_preview_has_the_colours_of_the_picture(shipped: Bundle) -> None:
     (picture,) = engine.images(request, last.x)
     small = np.asarray(picture.image.resize((32, 32)), dtype=float)
     assert np.abs(small - np.asarray(engine.preview(last), dtype=float)).mean() < 30
+
+
+@pytest.mark.parametrize("sparing", [False, True])
+def test_a_decoder_that_works_in_bands_is_not_compiled(tiny_folder: Path, sparing: bool) -> None:
+    bundle = Bundle.load(str(tiny_folder))
+    assert isinstance(bundle.autoencoder, KLAutoencoder)
+    if sparing:
+        bundle.autoencoder.spare_memory()
+    bundle.compile()
+    compiled = [network._compiled_call_impl is not None for network in (bundle.unet, bundle.autoencoder.decoder)]
+    assert compiled == [True, not sparing]

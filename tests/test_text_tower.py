@@ -1,5 +1,6 @@
 """Our text tower is open_clip's: from one seed the same weights under the same names, and the same states."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.models.text import ClipTextConfig, ClipTextEncoder, open_clip_module
+from ldm.errors import MachineError
+from ldm.models.text import ClipTextConfig, ClipTextEncoder, open_clip_module, tokenizer_module
 from ldm.models.text_tower import TextTower
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +64,12 @@ def test_a_word_is_told_of_the_words_behind_it_where_the_tower_reads_both_ways(c
     encoder = ClipTextEncoder(ClipTextConfig.model_validate(values))
     left, right = (encoder(encoder.tokenize([f"a b {side}"]))[0][0, 1] for side in ("c", "d"))
     assert torch.equal(left, right) is not told
+
+
+def test_a_machine_without_open_clip_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match="open_clip: not installed"):
+        tokenizer_module.__wrapped__()
 
 
 def test_a_model_is_loaded_without_slow_imports() -> None:

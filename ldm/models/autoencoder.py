@@ -232,6 +232,8 @@ class KLAutoencoder(nn.Module):
     Source: Rombach et al. 2022, Section 3.1 and Appendix G.
     """
 
+    sparing = False  # whether memory matters more than time
+
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -246,7 +248,7 @@ class KLAutoencoder(nn.Module):
     def spare_memory(self) -> None:
         """Compute in bands of rows from now on, on every device: the same pictures, more slowly on a GPU."""
         for module in self.modules():
-            if isinstance(module, ResBlock | Upsample):
+            if isinstance(module, KLAutoencoder | ResBlock | Upsample):
                 module.sparing = True
 
     def posterior(self, image: Float[Tensor, "b c h w"]) -> Gaussian:

@@ -25,7 +25,10 @@ class ReusingUNet:
         kept, self._calls = self._coarse, self._calls + 1
         if kept is None or len(kept) != len(context) or self._calls > self.every:
             self._calls = 1
-            return self.unet(x, t, context, self._keep)
+            said = self.unet(x, t, context, self._keep)
+            # Not in `_keep`, which is compiled with the network: its next answer may lie where this one does.
+            self._coarse = None if self._coarse is None else self._coarse.clone()
+            return said
         first, last = self.unet.down_blocks[0], self.unet.up_blocks[-1]
         assert isinstance(first, DownLevel) and isinstance(last, UpLevel)
         time = self.unet.embedded(t, x)
@@ -34,4 +37,4 @@ class ReusingUNet:
         return self.unet.said(last.finest(kept, time, context, [start, fine]))
 
     def _keep(self, coarse: Tensor) -> None:
-        self._coarse = coarse.clone()  # the next answer of a compiled network may lie where this one does
+        self._coarse = coarse

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.cli import nearest
 from ldm.config import Config
-from ldm.errors import SettingError
+from ldm.errors import MachineError, SettingError
 from ldm.models.text_tower import TextTower, embedding
 
 # open_clip's vocabulary: 256 bytes, the same 256 as word ends, the merges, and the two special tokens.
@@ -142,7 +142,8 @@ def import_torchvision() -> torch.library.Library | None:
 def tokenizer_module() -> tuple[Path, Any]:
     """open_clip's folder and its module `tokenizer`, which stands alone: the package around it takes seconds."""
     package = importlib.util.find_spec("open_clip")
-    assert package is not None and package.submodule_search_locations
+    if package is None or not package.submodule_search_locations:
+        raise MachineError("open_clip: not installed, and its tokenizer reads the prompts; pip install open_clip_torch")
     folder = Path(package.submodule_search_locations[0])
     found = importlib.util.spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
     assert found is not None and found.loader is not None
