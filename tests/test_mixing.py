@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from ldm.data import resident as resident_pictures
 from ldm.data.captions import CaptionConfig
 from ldm.data.indexed import IndexedShards
 from ldm.data.order import Mixture
@@ -117,7 +118,11 @@ def test_only_pictures_of_the_main_set_change(folders: tuple[Path, Path]) -> Non
             assert bool((corners == 1.0).all()) == (other or "background" not in caption) or not caption
 
 
-def test_resident_pictures_are_the_same_batches(folders: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("at_once", [2**23, 1])
+def test_resident_pictures_are_the_same_batches(
+    folders: tuple[Path, Path], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident_pictures, "BYTES_AT_ONCE", at_once)
     for settings in (config(folders), config(folders, mix=None), config(folders, pictures=PictureConfig(side=8))):
         resident = ResidentShards(settings, CPU, workers=0)
         assert same(taken(resident, 12), taken(IndexedShards(settings), 12))

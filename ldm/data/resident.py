@@ -27,7 +27,10 @@ from ldm.data.tally import Fault, Tally
 from ldm.data.transforms import concept, fit, is_mirrored
 from ldm.errors import LdmError, SettingError
 
-AT_ONCE = 64  # samples that one worker decodes before it hands them over
+# Samples that one worker decodes before it hands them over: so many, in memory that processes share, of which there may
+# be little.
+AT_ONCE = 64
+BYTES_AT_ONCE = 2**23
 
 
 class Words(NamedTuple):
@@ -87,7 +90,7 @@ class ResidentShards:
         where = str(self._shards.table.shards[0].parent)
         items = loaded(chunks, 0, workers, self.config.timeout_s, where)
         for number, (chunk, faults) in enumerate(itertools.islice(items, len(chunks))):
-            rows = slice(number * AT_ONCE, number * AT_ONCE + len(chunk.words))
+            rows = slice(number * chunks.size, number * chunks.size + len(chunk.words))
             memory.images[rows] = chunk.images.to(self.device)
             memory.grounds[rows] = chunk.grounds.to(self.device)
             memory.words.extend(chunk.words)
@@ -129,18 +132,19 @@ class ResidentShards:
 
 
 class _Chunks(Dataset[tuple[Memory, list[Fault]] | LdmError]):
-    """Item k holds the samples from k·AT_ONCE on, decoded, and what was wrong with some."""
+    """Item k holds the samples from k·size on, decoded, and what was wrong with some."""
 
     def __init__(self, shards: IndexedShards) -> None:
         self._shards = shards
+        self.size = max(1, min(AT_ONCE, BYTES_AT_ONCE // (4 * shards.config.pictures.side**2)))
 
     def __len__(self) -> int:
-        return -(-len(self._shards) // AT_ONCE)
+        return -(-len(self._shards) // self.size)
 
     def __getitem__(self, number: int) -> tuple[Memory, list[Fault]] | LdmError:
         faults: list[Fault] = []
         read = partial(decoded, self._shards)
-        mine = range(number * AT_ONCE, min((number + 1) * AT_ONCE, len(self._shards)))
+        mine = range(number * self.size, min((number + 1) * self.size, len(self._shards)))
         try:
             found = [first_good(self._shards.plan.from_on(0, sample), read, faults) for sample in mine]
         except LdmError as error:

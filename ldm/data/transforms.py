@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 from PIL import Image
@@ -41,6 +42,7 @@ def concept(captions: tuple[str, ...], facts: Mapping[str, Any]) -> tuple[str, .
     return (*captions, *(str(facts[name]) for name in ("cldr", "group") if name in facts))
 
 
+@lru_cache(2**16)
 def may_be_mirrored(captions: tuple[str, ...], handed: tuple[str, ...]) -> bool:
     """Whether the mirror image is still what the captions say: no word of them tells left from right."""
     words = {word for caption in captions for word in re.findall(r"[\w']+", caption.lower())}
