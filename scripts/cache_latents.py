@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ldm.data.tally import Tally
 
 EPILOG = """examples:
-  python scripts/cache_latents.py --model runs/mine --data data/shapes --side 256 --output data/shapes-latents
+  python scripts/cache_latents.py --model runs/mine/mine --data data/shapes --side 256 --output data/shapes-latents
   torchrun --nproc-per-node 8 scripts/cache_latents.py --model sd15 --data 'data/set-{00000..00999}.tar' ...
 Shard i of the pictures becomes shard i of the latents, which rank i mod the number of ranks writes. A shard appears
 whole or not at all; the same command, given again, goes on with those that are missing, with any number of ranks.

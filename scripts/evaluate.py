@@ -70,7 +70,7 @@ def parser() -> ArgumentParser:
     drawing.add_argument("--device", default="auto", help="cpu, cuda, … [auto]")
     drawing.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 [auto]")
     drawing.add_argument("--keep", type=Path, metavar="FOLDER", help="keep pictures there, and draw none of them again")
-    made.add_argument("--sheet", type=Path, metavar="FILE", help="save a PNG of the first 64 pictures of each list")
+    made.add_argument("--sheet", type=Path, metavar="FILE", help="save the first 64 of each list, as FILE-one.png …")
     made.add_argument("--out", type=Path, metavar="FILE", help="write results and protocols as JSON")
     made.add_argument("--html", type=Path, metavar="FILE", help="write them as a page with pictures")
     return made
