@@ -28,7 +28,7 @@ EPILOG = """examples:
   python scripts/benchmark.py --device cuda --batch 1,16 --compile
 parts:
   help, start, sample                        whole processes: txt2img.py --help; until the UNet is asked; a picture
-  memory                                     what decoding needs beside the weights, in a process of its own
+  memory                                     decoding in a process of its own: time, and memory beside the weights
   text, unet, decode, encode, train          our networks beside those of diffusers
   attention, layers, networks                what is computed otherwise for pictures, beside the plain computation
   bundle, options, precision                 the model that ships; what options that change the picture, and bf16, spare
@@ -198,14 +198,23 @@ def processes(
             else:
                 commands = {name: (__file__, "--child", kind, *one, *given) for name, one in programs.items()}
             peaks: dict[str, list[int]] = {name: [] for name in commands}
+            inside: dict[str, list[float]] = {name: [] for name in commands}
 
-            def work(name: str, command: Sequence[str], kind: str = kind, peaks: dict[str, list[int]] = peaks) -> None:
+            def work(
+                name: str, command: Sequence[str], kind: str = kind, peaks: Any = peaks, inside: Any = inside
+            ) -> None:
                 said, peak = ended([sys.executable, *command])
-                peaks[name].append(int(said.split()[-1]) if kind == "memory" else peak)
+                if kind == "memory":
+                    seconds, peak = float(said.split()[-2]), int(said.split()[-1])
+                    inside[name].append(seconds)
+                peaks[name].append(peak)
 
             contenders = {name: partial(work, name, command) for name, command in commands.items()}
-            turns = repeat if kind in ALONE else min(repeat, 2)
-            found = compare(kind, contenders, turns, torch.device("cpu"), warm_up=kind != "sample").values()
+            turns, warm_up = repeat if kind in ALONE else min(repeat, 2), kind not in ("sample", "memory")
+            made = compare(kind, contenders, turns, torch.device("cpu"), warm_up=warm_up)
+            for name, timing in made.timings.items():
+                timing.seconds[:] = inside[name] or timing.seconds
+            found = made.values()
             for name, one in found["contenders"].items():  # type: ignore[attr-defined]  # JSON values
                 one["peak"] = max(peaks[name])
             words = {
@@ -213,7 +222,7 @@ def processes(
                 "bundle": "the bundle, from the start of the process to its end, with a picture",
                 "start": "from the start of the process to the first call of the UNet",
                 "sample": f"whole process, {steps} steps, {side}x{side}",
-                "memory": f"decoding {side}x{side} in its own process; memory: what it needs beside the weights",
+                "memory": f"decoding {side}x{side}, each in processes of its own; memory: beside the weights",
             }
             yield words[kind], found
 
@@ -232,7 +241,7 @@ def child(
 
         register_module_forward_pre_hook(leave)
     if kind == "memory":
-        print(memory_of_decoding(program, dtype, device, int(side)), file=sys.stderr)
+        print(*decoding_alone(program, dtype, device, int(side)), file=sys.stderr)
     elif program == "ldm":
         flags = ["--model", model, "--prompt", PROMPT, "--steps", steps, "--size", f"{side}x{side}", "--seed", "1"]
         sys.argv = ["txt2img.py", *flags, "--device", device, "--dtype", dtype, "--output", to]
@@ -241,11 +250,15 @@ def child(
         draw_with_diffusers(dtype, device, theirs, int(steps), int(side), to)
 
 
-def memory_of_decoding(program: str, dtype: str, device: str, side: int) -> int:
-    """Bytes beside the weights that a program's autoencoder needs to decode one picture."""
+def decoding_alone(program: str, dtype: str, device: str, side: int) -> tuple[float, int]:
+    """What a program's autoencoder needs to decode one picture.
+
+    Seconds, the median of three turns behind the first, and bytes beside the weights in the first.
+    """
     import torch
 
     from ldm.evaluation.processes import memory_beside
+    from ldm.evaluation.speed import compare
     from ldm.evaluation.stand_in import shapes, their_autoencoder
     from ldm.machine import keep_freed_memory
     from ldm.models.text import import_torchvision
@@ -264,11 +277,16 @@ def memory_of_decoding(program: str, dtype: str, device: str, side: int) -> int:
     x = torch.randn(1, 4, side // 8, side // 8, device=device, dtype=torch.float32 if ours else getattr(torch, dtype))
     with torch.inference_mode():
         if device == "cpu":
-            return memory_beside(lambda: decoder.decode(x))
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        decoder.decode(x)
-        return torch.cuda.max_memory_allocated() - before
+            needed = memory_beside(lambda: decoder.decode(x))
+        else:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            decoder.decode(x)
+            needed = torch.cuda.max_memory_allocated() - before
+        turns = compare(
+            "decode", {program: lambda: decoder.decode(x)}, 3, torch.device(device), warm_up=device != "cpu"
+        )
+    return turns.timings[program].median, needed
 
 
 def draw_with_diffusers(dtype: str, device: str, model: str, steps: int, side: int, to: str) -> None:
