@@ -283,10 +283,9 @@ def decoding_alone(program: str, dtype: str, device: str, side: int) -> tuple[fl
             torch.cuda.reset_peak_memory_stats()
             decoder.decode(x)
             needed = torch.cuda.max_memory_allocated() - before
-        turns = compare(
-            "decode", {program: lambda: decoder.decode(x)}, 3, torch.device(device), warm_up=device != "cpu"
-        )
-    return turns.timings[program].median, needed
+        work = {program: lambda: decoder.decode(x)}
+        again = compare("decode", work, 3, torch.device(device), warm_up=device != "cpu")
+    return again.timings[program].median, needed
 
 
 def draw_with_diffusers(dtype: str, device: str, model: str, steps: int, side: int, to: str) -> None:
