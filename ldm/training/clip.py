@@ -22,6 +22,8 @@ from ldm.training.workers import rows_of_all, summed, workers
 class ClipTraining(OptimizationConfig):
     """The CLIP stage."""
 
+    # The text tower begins as that of `--base`, whose shape it has, instead of anew; the image tower is always new.
+    from_base: bool = False
     # infonce: a choice among all captions (Radford et al. 2021); sigmoid: every pair by itself, which small batches
     # prefer, with scale and bias that learn (Zhai et al. 2023).
     loss: Literal["infonce", "sigmoid"] = "infonce"

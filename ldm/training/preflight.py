@@ -1,5 +1,7 @@
 """What would stop a run hours later is said before it begins."""
 
+from typing import Literal
+
 from ldm.cli import warn
 from ldm.data.shards import find_shards
 from ldm.errors import SettingError
@@ -58,7 +60,9 @@ def check_parts(this: Run, stage: str) -> None:
             f"autoencoder shrinks; use {-(-learning.crop // config.factor) * config.factor}"
         )
     if learning is not None and learning.from_base:
-        check_same_autoencoder(this)
+        check_same_shape(this, "autoencoder", "autoencoder_training.from_base")
+    if recipe.clip_training is not None and recipe.clip_training.from_base:
+        check_same_shape(this, "text", "clip_training.from_base")
     if this.base is not None:
         return
     if recipe.fine_tune:
@@ -80,20 +84,21 @@ def check_parts(this: Run, stage: str) -> None:
             )
 
 
-def check_same_autoencoder(this: Run) -> None:
-    """Say now that an autoencoder cannot begin as the base's; their statistics may differ, since they are fitted."""
-    own, key = this.model.autoencoder, "autoencoder_training.from_base"
+def check_same_shape(this: Run, part: Literal["autoencoder", "text"], key: str) -> None:
+    """Say now that a network cannot begin as the base's; statistics of latents may differ, since they are fitted."""
+    kind = AutoencoderConfig if part == "autoencoder" else ClipTextConfig
+    own = getattr(this.model, part)
     if this.base is None:
-        raise SettingError(f"--base: {key} begins with the autoencoder of another model; name it")
-    given = this.base.config.autoencoder
-    if not (isinstance(own, AutoencoderConfig) and isinstance(given, AutoencoderConfig)):
-        raise SettingError(f"{key}: both models need an autoencoder that is trained; leave it out")
+        raise SettingError(f"--base: {key} begins with a network of another model; name it")
+    given = getattr(this.base.config, part)
+    if not (isinstance(own, kind) and isinstance(given, kind)):
+        raise SettingError(f"{key}: both models need a network of that kind that is trained; leave it out")
     fitted = {"latent_mean", "latent_std", "preview"}
     one, other = own.model_dump(exclude=fitted), given.model_dump(exclude=fitted)
     for name in one:
         if one[name] != other[name]:
             raise SettingError(
-                f"{key}: model.autoencoder.{name} is {one[name]}, that of {this.base.name} {other[name]}; "
+                f"{key}: model.{part}.{name} is {one[name]}, that of {this.base.name} {other[name]}; "
                 f"use {other[name]}, or from_base: false"
             )
 

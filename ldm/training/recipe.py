@@ -52,6 +52,8 @@ class Recipe(Config):
             raise ValueError("consistency_training has a recipe of its own: its bundle would take the other's place")
         if (self.evaluator is None) != (self.evaluator_training is None):
             raise ValueError("evaluator and evaluator_training come together")
+        if self.evaluator_training is not None and self.evaluator_training.from_base:
+            raise ValueError("evaluator_training.from_base: a judge must not begin as what it judges; leave it out")
         if (self.clip is None) != (self.clip_training is None):
             raise ValueError("clip and clip_training come together")
         return self

@@ -140,6 +140,9 @@ def clip_stage(run: Run) -> Iterator[Report]:
         return
     torch.manual_seed(run.recipe.seed)
     clip = Clip(shape, text)
+    if config.from_base:
+        assert run.base is not None and isinstance(run.base.text, ClipTextEncoder)  # preflight has seen to it
+        clip.text.load_state_dict(run.base.text.state_dict())
     normalise_globally(clip)
     yield from train(
         Contrast(clip, config),

@@ -433,6 +433,7 @@ sample_prompts: [a]
         ("all", ("fine_tune=true",), "--base: fine_tune begins with"),
         ("vae", ("autoencoder_training.crop=15",), "expected a multiple of 2"),
         ("vae", ("autoencoder_training.from_base=true",), "--base: autoencoder_training.from_base begins with"),
+        ("clip", ("clip_training.from_base=true",), "--base: clip_training.from_base begins with"),
     ],
 )
 def test_what_a_stage_lacks_is_said_before_anything_is_computed(
@@ -465,6 +466,28 @@ def test_an_autoencoder_can_begin_as_that_of_the_base(train: Script, recipe: Pat
     assert base and all(torch.allclose(learned[name], base[name].float(), atol=1e-6) for name in base)
     other = train(*flags, "--run-dir", tmp_path / "other", *still, "model.autoencoder.res_blocks=2")
     check(other, 2, "from_base: model.autoencoder.res_blocks is 2, that of base 1; use 1")
+
+
+def test_a_text_tower_can_begin_as_that_of_the_base(train: Script, recipe: Path, tmp_path: Path) -> None:
+    write_shards(samples(8), tmp_path / "data", 4, "shades")
+    recipe.write_text(WHOLE.replace("SHARDS", str(tmp_path / "data")))
+    model = tiny_model()
+    shape = model.config.text.model_dump(mode="json")
+    text = (f"model.text={json.dumps(shape)}", f"model.unet.context_width={shape['width']}")
+    flags = ("clip", "--config", recipe, "--base", model.save(tmp_path / "base"), *text)
+    base = load_tensors(tmp_path / "base" / "text.safetensors")
+    for run, begins in (("run", True), ("anew", False)):
+        settings = (f"clip_training.from_base={str(begins).lower()}", "clip_training.learning_rate=1e-20")
+        ended = train(*flags, "--run-dir", tmp_path / run, *settings)
+        assert ended.code == 0, ended.err
+        learned = load_tensors(tmp_path / run / "text.safetensors")
+        assert base and all(torch.allclose(learned[name], base[name].float(), atol=1e-6) for name in base) is begins
+    other = train(*flags, "--run-dir", tmp_path / "other", "clip_training.from_base=true", "model.text.layers=3")
+    check(other, 2, f"from_base: model.text.layers is 3, that of base {shape['layers']}; use {shape['layers']}")
+    tower = {"clip": {"embedding": 8, "image_size": 32, "width": 4, "layers": [1, 1, 1, 1]}, "text": shape}
+    learning = {"from_base": True, "steps": 2, "batch_size": 2, "learning_rate": 1e-3}
+    judge = (f"evaluator={json.dumps(tower)}", f"evaluator_training={json.dumps(learning)}")
+    check(train(*flags, "--run-dir", tmp_path / "judge", *judge), 2, "must not begin as what it judges")
 
 
 @pytest.mark.parametrize("stage", ["lora", "consistency"])
