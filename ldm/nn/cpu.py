@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ldm.machine import single_threads
 
-# Scores of attention in a block, and numbers in a band of rows: so many that they stay in the caches.
+# Scores of attention in a block, and numbers in a band of rows: so many that they stay in the caches. From so many
+# blocks on for each thread, threads do not share them.
 SCORES = 2**21
+MANY_BLOCKS = 32
 BAND = 3 * 2**20
 # From so many keys on two products and a softmax are faster than PyTorch's fused kernel.
 MANY_KEYS = 128
@@ -76,7 +78,8 @@ def attention_in_blocks(
 
     In bf16 a CPU multiplies matrices at twice the speed of fp32, which PyTorch's fused kernel does not reach. The
     price: the scores are rounded to bf16 too. Of many blocks each is the work of one thread: threads that share a block
-    wait for one another at each of its operations, and that is long where other programs need the cores.
+    wait for one another at each of its operations, and that is long where other programs need the cores. Not of few:
+    PyTorch's threads turn in circles for 3 ms behind their last work, and hold a core.
     """
     batch, heads, rows, width = query.shape
     columns, mode = key.shape[2], torch.is_inference_mode_enabled()
@@ -98,7 +101,7 @@ def attention_in_blocks(
 
     blocks = list(product(range(batch), range(0, heads, together), range(0, rows, height)))
     threads = torch.get_num_threads()
-    list(single_threads(threads).map(block, blocks) if len(blocks) >= 2 * threads else map(block, blocks))
+    list(single_threads(threads).map(block, blocks) if len(blocks) >= MANY_BLOCKS * threads else map(block, blocks))
     return out
 
 

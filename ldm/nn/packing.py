@@ -19,6 +19,9 @@ from ldm.nn.cpu import bands, draws_on_cpu, folded
 # Where it pays: so many weights, for no more pixels than that.
 MANY_WEIGHTS = 2**20
 FEW_PIXELS = 64 * 64
+# Of a multiple of 48 channels oneDNN computes 48 or 64 at a time, by the size of the picture. Weights packed for one of
+# them are turned round at every call for the other, which takes ten times as long as the convolution: 28 ns a weight.
+TWO_LAYOUTS = 48
 
 
 class Conv2d(nn.Conv2d):
@@ -31,7 +34,7 @@ class Conv2d(nn.Conv2d):
     # Whether it may pack at all: not where a compiler has followed this network, which would follow it anew.
     packs = True
     _packed: Tensor | None = None
-    _folded: list[Tensor] | None = None
+    _folded: tuple[tuple[int, ...], list[Tensor]] | None = None
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h2 w2"]:
         """The convolution of `x`."""
@@ -55,12 +58,15 @@ class Conv2d(nn.Conv2d):
         shape = (batch, self.out_channels, 2 * height, 2 * width)
         if out is None:
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        # Compiled, every band would be code of its own.
+        rows = [(0, height)] if torch.compiler.is_compiling() else bands(out[:, :, ::2, ::2])
         fits, parts = self._fits(x), list(product((0, 1), repeat=2))
-        weights = self._folds(x) if fits else [folded(self.weight, *part) for part in parts]
+        if fits:
+            weights = self._folds((1, self.in_channels, rows[0][1] + 1, width))
+        else:
+            weights = [folded(self.weight, *part) for part in parts]
         each = list(zip(parts, weights, strict=True))
         for image, result in zip(x.split(1), out.split(1), strict=True):
-            # Compiled, every band would be code of its own.
-            rows = [(0, height)] if torch.compiler.is_compiling() else bands(result[:, :, ::2, ::2])
             for (top, bottom), ((down, right), weight) in product(rows, each):
                 first, last = top + down - 1, bottom + down
                 band = image[:, :, max(first, 0) : min(last, height)]
@@ -91,7 +97,8 @@ class Conv2d(nn.Conv2d):
 
     def _pays(self, x: Tensor) -> bool:
         many = self.weight.numel() >= MANY_WEIGHTS and x.shape[2] * x.shape[3] <= FEW_PIXELS
-        return many and self.packs and self.groups == 1 and self.dilation == (1, 1) and self._fits(x)
+        usual = self.groups == 1 and self.dilation == (1, 1) and self.out_channels % TWO_LAYOUTS != 0
+        return many and usual and self.packs and self._fits(x)
 
     @property
     def _padding(self) -> tuple[int, ...]:
@@ -100,18 +107,18 @@ class Conv2d(nn.Conv2d):
 
     def _pack(self, x: Tensor) -> Tensor:
         """Pack the weights for inputs like `x`; what stays in their place has a size and no numbers."""
-        self._packed = pack(self.weight, x, self._padding, self.stride)
+        self._packed = pack(self.weight, x.shape, self._padding, self.stride)
         with torch.inference_mode(False):
             self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
         return self._packed
 
-    def _folds(self, x: Tensor) -> list[Tensor]:
-        """The packed weights of the four 2×2 convolutions, which have 16/9 of the numbers; made once."""
-        if self._folded is None:
-            self.unpack()
+    def _folds(self, shape: tuple[int, ...]) -> list[Tensor]:
+        """The packed weights of the four 2×2 convolutions, which have 16/9 of the numbers; made once for a size."""
+        if self._folded is None or self._folded[0] != shape:
+            self.unpack()  # and lets go of those for another size
             parts = product((0, 1), repeat=2)
-            self._folded = [pack(folded(self.weight, *part), x, (0, 1), (1, 1)) for part in parts]
-        return self._folded
+            self._folded = shape, [pack(folded(self.weight, *part), shape, (0, 1), (1, 1)) for part in parts]
+        return self._folded[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made of."""
@@ -144,9 +151,9 @@ def unpack(network: nn.Module) -> None:
             module.unpack()
 
 
-def pack(weight: Tensor, x: Tensor, padding: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """The weights of a convolution in the layout that oneDNN chooses for inputs like `x`."""
-    found: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, x.shape)
+def pack(weight: Tensor, shape: Sequence[int], padding: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The weights of a convolution in the layout that oneDNN chooses for inputs of this shape."""
+    found: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, shape)
     return found
 
 
@@ -167,9 +174,9 @@ def works(dtype: torch.dtype) -> bool:
     )
     x = x.contiguous(memory_format=torch.channels_last)
     try:
-        made = convolve(x, pack(weight, x, (0, 0), (1, 1)), None, (0, 0), (1, 1))
+        made = convolve(x, pack(weight, x.shape, (0, 0), (1, 1)), None, (0, 0), (1, 1))
         return torch.equal(made, F.conv2d(x, weight)) and torch.equal(
-            pack(weight, x, (0, 0), (1, 1)).to_dense(), weight
+            pack(weight, x.shape, (0, 0), (1, 1)).to_dense(), weight
         )
     except (RuntimeError, AttributeError, TypeError):  # not built in, renamed, or called otherwise: the plain path runs
         return False
