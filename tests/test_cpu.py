@@ -55,6 +55,18 @@ def test_blocks_leave_the_number_of_threads_as_it_is(monkeypatch: pytest.MonkeyP
         assert another.submit(torch.get_num_threads).result() == before
 
 
+@pytest.mark.parametrize("scores", [1000, 100])
+def test_only_many_blocks_have_a_thread_each(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SCORES", scores)
+    monkeypatch.setattr(cpu, "MANY_BLOCKS", 20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    asked = list[int]()
+    monkeypatch.setattr(cpu, "single_threads", lambda count: (asked.append(count), ThreadPoolExecutor(count))[1])
+    query = torch.randn(1, 2, 70, 8)
+    cpu.attention_in_blocks(query, query, query)  # of 14 rows each, or one
+    assert asked == ([2] if scores == 100 else [])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 def test_a_forked_process_gets_threads_of_its_own() -> None:
     assert single_threads(2).submit(int).result() == 0

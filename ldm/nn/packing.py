@@ -19,8 +19,8 @@ from ldm.nn.cpu import bands, draws_on_cpu, folded
 # Where it pays: so many weights, for no more pixels than that.
 MANY_WEIGHTS = 2**20
 FEW_PIXELS = 64 * 64
-# Of a multiple of 48 channels oneDNN computes 48 or 64 at a time, by the size of the picture. Weights packed for one of
-# them are turned round at every call for the other, which takes ten times as long as the convolution: 28 ns a weight.
+# Of a multiple of 48 channels oneDNN wants weights in blocks of 48 or of another width, by the size of the picture. If
+# packed for one, they are turned round at every call for the other: 28 ns a weight, ten times the convolution and more.
 TWO_LAYOUTS = 48
 
 
