@@ -68,6 +68,8 @@ def test_captions_are_chosen_dropped_and_framed() -> None:
 
     assert set(chosen()) == {"a"}
     assert 140 < chosen(choice="any").count("b") < 260
+    assert 40 < chosen(choice="any", first=0.6).count("b") < 120
+    assert set(chosen(choice="any", first=1.0)) == {"a"}
     assert 15 < chosen(dropout=0.1).count("") < 70
     templates = ("{caption} in {style} style", "{caption} by {artist}", "a picture of {caption}")
     assert set(chosen(templates=templates)) == {"a in flat style", "a picture of a"}

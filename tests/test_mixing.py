@@ -150,3 +150,22 @@ def test_what_cannot_be_mixed_or_kept_is_refused(folders: tuple[Path, Path]) -> 
         ResidentShards(config(folders, pictures=PictureConfig(side=8, crop="random")), CPU)
     with pytest.raises(DataError, match="no such shard"):
         IndexedShards(config((folders[0], Path("/nowhere"))))
+
+
+def test_further_captions_are_drawn_like_the_first_and_say_the_same_ground(folders: tuple[Path, Path]) -> None:
+    settings = {"choice": "any", "dropout": 0.1, "first": 0.3}
+    one, many = (config(folders, captions=CaptionConfig(draws=draws, **settings)) for draws in (1, 4))
+    steps = taken(IndexedShards(many), 12)
+    for kept, plain, alone in zip(
+        taken(ResidentShards(many, CPU), 12), steps, taken(IndexedShards(one), 12), strict=True
+    ):
+        assert kept.captions == plain.captions == alone.captions and kept.others == plain.others
+        assert alone.others == ((),) * BATCH
+    drawn = [(caption, *more) for batch in steps for caption, more in zip(batch.captions, batch.others, strict=True)]
+    assert {len(each) for each in drawn} == {4}
+    for each in drawn:
+        grounds = {caption.partition(" on a")[2] for caption in each if caption}
+        assert len(grounds) == 1 or not any(each), each
+    place = [{each[number] for each in drawn} for number in range(4)]
+    assert all("" in captions and len(captions) > 20 for captions in place)
+    assert sum(len(set(each)) > 1 for each in drawn) > len(drawn) / 2

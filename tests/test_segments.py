@@ -55,7 +55,7 @@ def cache(condition: tuple[int, ...]) -> LatentCache:
     """Eight latents, and conditions of this shape for one caption and none."""
     drawn = torch.Generator().manual_seed(0)
     latent = torch.randn(8, 4, 8, 8, generator=drawn)
-    return LatentCache(latent, latent.abs(), torch.ones(2, *condition), torch.zeros(8, dtype=torch.long))
+    return LatentCache(latent, latent.abs(), torch.ones(2, *condition), torch.zeros(8, 1, dtype=torch.long))
 
 
 def same(bundle: Bundle, part: str, weights: dict[str, torch.Tensor], prefix: str = "") -> bool:

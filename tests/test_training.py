@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,7 +212,7 @@ def test_autoencoder_learns_colours_and_knows_its_statistics(tmp_path: Path) -> 
 
 
 def test_latents_are_cached_for_what_they_were_made_from_only(tmp_path: Path) -> None:
-    tensors = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2), torch.randn(2, 5, 8), torch.tensor([0, 0, 1])
+    tensors = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2), torch.randn(2, 5, 8), torch.tensor([[0], [0], [1]])
     for keys in ((), ("00001", "ein Hügel", "a\nb")):
         cache = LatentCache(*tensors, keys)
         latents.save(tmp_path / "a.safetensors", cache, {"of": "this"})
@@ -225,7 +225,7 @@ def test_latents_are_cached_for_what_they_were_made_from_only(tmp_path: Path) ->
 def test_every_picture_of_a_cache_is_used_once_an_epoch_and_named() -> None:
     n, config = 7, DiffusionTraining(steps=1, batch_size=4, learning_rate=1.0, side=16)
     numbers = torch.arange(float(n)).reshape(n, 1, 1, 1)
-    cache = LatentCache(numbers, numbers, torch.zeros(1, 1, 1), torch.zeros(n, dtype=torch.long))
+    cache = LatentCache(numbers, numbers, torch.zeros(1, 1, 1), torch.zeros(n, 1, dtype=torch.long))
     named = replace(cache, keys=tuple("abcdefg"))
     steps = [next(latent_batches(named, config, seed=3)(step)) for step in range(14)]
     epochs = torch.cat([batch.rows[0].flatten() for batch in steps]).reshape(-1, n)
@@ -235,6 +235,37 @@ def test_every_picture_of_a_cache_is_used_once_an_epoch_and_named() -> None:
     following = itertools.islice(latent_batches(cache, config, seed=3)(0), 14)
     assert all(torch.equal(a.rows[0], b.rows[0]) for a, b in zip(following, steps, strict=True))
     assert next(latent_batches(cache, config, seed=3)(0)).keys[0].startswith("picture ")
+
+
+def test_every_use_of_a_kept_picture_chooses_among_its_captions() -> None:
+    n, k, config = 6, 4, DiffusionTraining(steps=1, batch_size=4, learning_rate=1.0, side=16)
+    numbers, captions = torch.arange(float(n)).reshape(n, 1, 1, 1), torch.arange(n * k).reshape(n, k)
+    cache = LatentCache(numbers, numbers, torch.arange(n * k + 1.0)[:, None, None], captions)
+    steps = list(itertools.islice(latent_batches(cache, config, seed=3)(0), 60))
+    pictures, read = (torch.cat([batch.rows[row].flatten() for batch in steps]).long() for row in (0, 2))
+    assert torch.equal(read // k, pictures), "none is given another's caption"
+    assert all(len(set(read[pictures == picture].tolist())) == k for picture in range(n))
+    again = next(latent_batches(cache, config, seed=3)(41))
+    assert torch.equal(again.rows[2], steps[41].rows[2]), "a function of the step"
+
+
+def test_a_cache_keeps_all_captions_that_were_drawn() -> None:
+    def batches() -> Iterator[PictureBatch]:
+        images, facts = torch.zeros(2, 3, 8, 8), ({}, {})
+        yield PictureBatch(0, 0, ("a", "b"), images, ("one", "two"), facts, others=(("uno", "one"), ("two", "")))
+        yield PictureBatch(1, 0, ("c", "d"), images, ("one", "three"), facts, others=(("", "drei"), ("never", "seen")))
+
+    words = list[str]()
+
+    def condition(prompts: Sequence[str]) -> Tensor:
+        words.extend(prompts)
+        return torch.tensor([len(word) for word in prompts]).float()[:, None, None]
+
+    *_, cache = latents.encode(batches(), 3, KLAutoencoder(AutoencoderConfig(channels=8, groups=4)), condition, False)
+    assert isinstance(cache, LatentCache)
+    read = [[words[index] for index in row] for row in cache.caption.tolist()]
+    assert read == [["one", "uno", "one"], ["two", "two", ""], ["one", "", "drei"]]
+    assert words[-1] == "" and cache.conditions[-1].item() == 0 and "never" not in words
 
 
 def digits_recipe() -> Recipe:
@@ -342,6 +373,7 @@ def test_encoding_that_is_stopped_goes_on_behind_its_last_part(tmp_path: Path, m
     assert isinstance(found, LatentCache) and isinstance(expected, LatentCache)
     assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in latents.TENSORS)
     assert found.keys == expected.keys and Counter(found.keys) == {"red": 10, "blue": 10}
+    assert found.caption.shape == (20, stages.CAPTIONS_KEPT)
     assert sorted(path.name for path in (parts.folder / "latents").iterdir()) == ["16.json", "16.safetensors"]
 
 
@@ -352,7 +384,7 @@ def test_joined_caches_keep_each_picture_with_its_caption() -> None:
         numbers = torch.arange(first, first + n).float().reshape(n, 1, 1, 1)
         conditions = torch.tensor([*(10.0 * first + i for i in range(m)), -1.0]).reshape(m + 1, 1, 1)
         keys = tuple(f"key {first + i}" for i in range(n))
-        return LatentCache(numbers, numbers / 2, conditions, torch.tensor(captions), keys)
+        return LatentCache(numbers, numbers / 2, conditions, torch.tensor(captions)[:, None], keys)
 
     whole = latents.joined([part(0, [0, 1, 0]), part(3, [0, 0, 2, 1])])
     assert whole.mean.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]

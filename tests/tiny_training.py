@@ -119,7 +119,7 @@ def unet_task(kind: str, settings: dict[str, Any]) -> Task:
     if kind in ("conditioned", "resting"):
         network = Conditioned(tower().requires_grad_(kind == "conditioned"), unet)
         conditions = token_ids(network.text)(["a", "b c", "d", ""])
-    cache = LatentCache(mean, std, conditions, torch.arange(PICTURES) % 3)
+    cache = LatentCache(mean, std, conditions, torch.arange(PICTURES)[:, None] % 3)
     stage: dict[str, Any] = {"side": 16, "pictures": PICTURES, **settings}
     if kind == "consistency":
         return consistency_task(unet, cache, ConsistencyTraining(guidance_scale=2.0, **stage))

@@ -17,6 +17,10 @@ class CaptionConfig(Config):
     """How captions are chosen. `captions` in a sample's json are further ones beside its txt."""
 
     choice: Literal["first", "any"] = "first"
+    # With choice any: how often it is the first nevertheless, the caption of its txt.
+    first: float = Field(default=0.0, ge=0, le=1)
+    # How often a batch draws for each picture; what is kept for many steps, as latents are, has as many to show.
+    draws: int = Field(default=1, ge=1)
     # Probability that the caption becomes the null prompt, for classifier-free guidance.
     dropout: float = Field(default=0.0, ge=0, le=1)
     # Such as "a photo of {caption}" or "{caption}, {style} style": names other than caption are the sample's facts,
@@ -41,6 +45,14 @@ def all_captions(caption: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in (caption, *further) if text))
 
 
+def choose_captions(
+    caption: str, facts: Mapping[str, Any], config: CaptionConfig, chance: Chance, where: str
+) -> tuple[str, ...]:
+    """The caption of this step, then those that were as likely, drawn one by one: `draws` in all. Faults as below."""
+    chances = (chance, *(chance.other(f"draw {number}") for number in range(1, config.draws)))
+    return tuple(choose_caption(caption, facts, config, each, where) for each in chances)
+
+
 def choose_caption(caption: str, facts: Mapping[str, Any], config: CaptionConfig, chance: Chance, where: str) -> str:
     """The caption of this step, empty for the null prompt. BadSample for a sample without words, if those are bad."""
     known = all_captions(caption, facts)
@@ -50,7 +62,8 @@ def choose_caption(caption: str, facts: Mapping[str, Any], config: CaptionConfig
         raise without_words(where)
     if chance("caption dropout") < config.dropout:
         return ""
-    chosen = pick(known, chance("caption")) if config.choice == "any" else known[0]
+    first = config.choice == "first" or (config.first > 0 and chance("first caption") < config.first)
+    chosen = known[0] if first else pick(known, chance("caption"))
     usable = [template for template in config.templates if set(NAME.findall(template)) <= {"caption", *facts}]
     if not usable:
         return chosen

@@ -67,6 +67,10 @@ class Chance:
     def __call__(self, purpose: str) -> float:
         return int.from_bytes(_digest(f"{self._key} {purpose}", 8), "big") / 2**64
 
+    def other(self, name: str) -> "Chance":
+        """Numbers for the same sample that have nothing to do with these."""
+        return Chance(f"{self._key} {name}")
+
 
 @dataclass(frozen=True)
 class Part:

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.captions import all_captions, choose_caption
+from ldm.data.captions import all_captions, choose_caption, choose_captions
 from ldm.data.decoding import decode
 from ldm.data.grounds import choose_ground, colour_of, find_ground, on_ground, said
 from ldm.data.indexed import IndexedShards, first_good
@@ -104,19 +104,21 @@ class ResidentShards:
 
     def batch(self, part: Part) -> PictureBatch:
         """The batch of these samples."""
-        captions, mirrored, grounds = [], [], []
+        captions, others, mirrored, grounds = [], [], [], []
         known = [self._memory.words[sample] for sample in part.samples.tolist()]
         for (place, sample), words in zip(part.places(), known, strict=True):
             chance, config = Chance(f"{self.config.seed} {part.step} {place}"), self._shards.config_of(sample)
-            caption = choose_caption(words.caption, words.facts, config.captions, chance, words.key)
+            drawn = choose_captions(words.caption, words.facts, config.captions, chance, words.key)
             name = choose_ground(words.fits, config.pictures.grounds, chance)
-            captions.append(caption if name is None else said(caption, name))
+            caption, *more = drawn if name is None else (said(one, name) for one in drawn)
+            captions.append(caption)
+            others.append(tuple(more))
             grounds.append(name)
             names = concept(all_captions(words.caption, words.facts), words.facts)
             mirrored.append(is_mirrored(names, config.pictures, chance))
         images = self._images(torch.from_numpy(part.samples), torch.tensor(mirrored), grounds)
         keys, facts = tuple(words.key for words in known), tuple(words.facts for words in known)
-        return PictureBatch(part.step, part.first, keys, images, tuple(captions), facts)
+        return PictureBatch(part.step, part.first, keys, images, tuple(captions), facts, others=tuple(others))
 
     def _images(self, samples: Tensor, mirrored: Tensor, grounds: list[str | None]) -> Float[Tensor, "b 3 h w"]:
         """The pictures as this step shows them."""

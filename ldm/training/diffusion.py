@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.data.latents import LatentShards
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.noise import key
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.model_config import ModelConfig
@@ -73,7 +74,7 @@ class UNetTraining(DiffusionTraining):
 def latent_batches(cache: LatentCache, config: DiffusionTraining, seed: int) -> Batches:
     """Batches of (mean, std, condition), and the null condition, from any step on: order = permutation(seed, epoch).
 
-    An epoch is every picture once; its last ones share a batch with the first of the next.
+    An epoch is every picture once, with one of its captions; its last ones share a batch with the first of the next.
     """
     mine, size, pictures = workers().share(config.batch_size), config.batch_size, len(cache)
 
@@ -87,7 +88,9 @@ def latent_batches(cache: LatentCache, config: DiffusionTraining, seed: int) -> 
             epochs = range(int(places[0]) // pictures, int(places[-1]) // pictures + 1)
             parts = [order(epoch)[places[places // pictures == epoch] % pictures] for epoch in epochs]
             chosen = torch.cat(parts)[mine]
-            rows = cache.mean[chosen], cache.std[chosen], cache.conditions[cache.caption[chosen]]
+            of_captions = torch.Generator().manual_seed(key(seed, step, "caption"))
+            drawn = torch.randint(cache.caption.shape[1], (size,), generator=of_captions)[mine]
+            rows = cache.mean[chosen], cache.std[chosen], cache.conditions[cache.caption[chosen, drawn]]
             keys = tuple(cache.keys[i] if cache.keys else f"picture {i}" for i in chosen.tolist())
             yield Batch(rows, (cache.conditions[-1:],), keys)
 

@@ -23,14 +23,15 @@ CPU = torch.device("cpu")
 class LatentCache:
     """Posterior mean and standard deviation per picture, and the condition of each distinct caption (the last is "").
 
-    A condition is the caption's text states, or its token ids where the text tower learns too. `keys` are the names of
-    the pictures, where they are known.
+    A condition is the caption's text states, or its token ids where the text tower learns too. `caption` has the k
+    captions that were drawn for each picture, each as likely; one that was drawn twice is there twice. `keys` are the
+    names of the pictures, where they are known.
     """
 
     mean: Float[Tensor, "n c h w"]
     std: Float[Tensor, "n c h w"]
     conditions: Float[Tensor, "m l d"]
-    caption: Int[Tensor, " n"]
+    caption: Int[Tensor, "n k"]
     keys: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -61,8 +62,8 @@ def encode(
     """Encode `count` pictures where the autoencoder is; yields how many are done, and last the cache, on the CPU."""
     assert isinstance(autoencoder, nn.Module)
     device = next((parameter.device for parameter in autoencoder.parameters()), CPU)
-    means, stds, indices, keys = [], [], list[int](), list[str]()
-    captions: dict[str, int] = {}
+    means, stds, indices, keys = [], [], list[list[int]](), list[str]()
+    known: dict[str, int] = {}
     while len(indices) < count:
         chosen, left = next(batches), count - len(indices)
         images = chosen.images[:left].to(device).contiguous(memory_format=torch.channels_last)
@@ -70,11 +71,13 @@ def encode(
             posterior = autoencoder.encode(images)
         means.append(posterior.mean.half().contiguous().cpu())
         stds.append(posterior.std.half().contiguous().cpu())
-        indices += [captions.setdefault(caption, len(captions)) for caption in chosen.captions[:left]]
+        others = chosen.others or ((),) * len(chosen)
+        drawn = [(caption, *more) for caption, more in zip(chosen.captions, others, strict=True)]
+        indices += [[known.setdefault(caption, len(known)) for caption in each] for each in drawn[:left]]
         keys += chosen.keys[:left]
         yield len(indices)
-    known = [*captions, ""]
-    conditions = [condition(known[i : i + 256]).cpu() for i in range(0, len(known), 256)]
+    captions = [*known, ""]
+    conditions = [condition(captions[i : i + 256]).cpu() for i in range(0, len(captions), 256)]
     yield LatentCache(torch.cat(means), torch.cat(stds), torch.cat(conditions), torch.tensor(indices), tuple(keys))
 
 

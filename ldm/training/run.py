@@ -63,6 +63,12 @@ class Run:
         data = self.recipe.data.model_copy(update={"resident": True})
         return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
 
+    def drawing(self, captions: int) -> "Run":
+        """The same run, whose batches have that many captions of each picture, each as likely as the first."""
+        chosen = self.recipe.data.captions.model_copy(update={"draws": captions})
+        data = self.recipe.data.model_copy(update={"captions": chosen})
+        return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
+
     def product(self, name: str) -> Path:
         """Where a finished stage leaves its tensors."""
         return self.folder / f"{name}.safetensors"

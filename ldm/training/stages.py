@@ -61,6 +61,7 @@ from ldm.training.workers import workers
 STATISTICS_PICTURES = 256
 LOOK_EVERY_SECONDS = 1.0
 ENCODED_AT_ONCE = 32
+CAPTIONS_KEPT = 8  # of each picture whose latent is kept, among which every use chooses
 PART = 2048  # pictures whose latents are lost at most when encoding is stopped
 
 
@@ -218,7 +219,7 @@ def encoded_parts(
 ) -> Iterator[int | LatentCache]:
     """The latents in parts of PART pictures, each kept beside `path` once it is there; yields as `encode` does."""
     condition = encoding(run, bundle, stage, torch.float16)
-    pictures = run.pictures(ENCODED_AT_ONCE, stage.side, run.recipe.seed, alone=True)
+    pictures = run.drawing(CAPTIONS_KEPT).pictures(ENCODED_AT_ONCE, stage.side, run.recipe.seed, alone=True)
     for first in range(0, count, PART):
         kept, of = path.with_stem(f"{path.stem}-{first:08d}"), {**about, "first": first}
         part = latents.load(kept, of)
