@@ -16,8 +16,8 @@ from ldm.training.run import Run, network_digest
 from ldm.training.workers import workers
 
 RECIPE, BASE, DATA = "recipe.yaml", "base.json", "data.json"
-# What may change on the way: how fast and how visibly, and how fast from now on is learned. Everything else would make
-# the run another one than its name says.
+# What may change once a stage has begun: how fast and how visibly, and how fast from now on is learned. Everything else
+# would make the run another one than its name says.
 FREE = (
     *("sample_prompts", "sample_every", "micro_batch_size", "compile", "gradient_checkpointing", "strategy"),
     *("save_every", "keep", "keep_best", "learning_rate", "steps", "workers", "timeout_s", "index", "resident"),
@@ -116,10 +116,12 @@ def base_of(run: Run) -> dict[str, str]:
 
 
 def compare(before: dict[str, object], now: dict[str, object], run: Run) -> None:
-    """Say which values are others than before. Raises SettingError for the first that may not be."""
+    """Say which values of what has begun are others than before. Raises SettingError for the first that may not be."""
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if old == new:
+        # A stage that is not there trains no tower.
+        same = bool(old) == bool(new) if name.endswith(".train_text") else old == new
+        if same or not begun(name, run):
             continue
         if not any(part in FREE for part in name.split(".")):
             raise SettingError(
@@ -127,6 +129,22 @@ def compare(before: dict[str, object], now: dict[str, object], run: Run) -> None
                 "use another --run-dir, or give the first recipe again"
             )
         warn(f"{name} was {old} and is {new}{', but that stage is finished' if over(name, run) else ' from here on'}")
+
+
+def begun(name: str, run: Run) -> bool:
+    """Whether something was learned under a setting: by its stage or by one behind it; of no stage, by any."""
+    section, _, rest = name.partition(".")
+    number, _, setting = rest.partition(".")
+    # Whether the tower learns in one UNet stage decides what all of them are given.
+    first = int(number) if section == "unet_training" and setting != "train_text" else 0
+    unets = [f"unet-{first + i}" for i in range(1 + len([*run.folder.glob("checkpoints/unet-*")]))]
+    order = ["autoencoder", "clip", "thumbnail", *unets, "lora", "inversion", "consistency"]
+    stage = unets[0] if section == "unet_training" else section.removesuffix("_training")
+    learned = [*order, "evaluator"]
+    if stage in learned:
+        learned = order[order.index(stage) :] if stage in order else [stage]
+    products = (PRODUCTS.get(f"{one}_training", one) for one in learned)
+    return any(run.checkpoints(one).is_dir() for one in learned) or any(run.product(one).is_file() for one in products)
 
 
 def over(name: str, run: Run) -> bool:

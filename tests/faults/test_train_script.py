@@ -19,13 +19,16 @@ from helpers import Ended, Script, tiny_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_distributed import DIGITS, samples
 
+from ldm import config as configuration
 from ldm.bundle import Bundle
 from ldm.data.shards import write_shards
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
-from ldm.training import latents, record, update
+from ldm.training import continuity, latents, record, update
 from ldm.training.checkpoint import load_tensors
 from ldm.training.loop import Report
+from ldm.training.recipe import Recipe
+from ldm.training.run import Run
 from ldm.training.stages import averaged
 from ldm.training.workers import workers
 
@@ -111,6 +114,59 @@ def test_a_run_taken_up_again_is_the_same_run(train: Script, recipe: Path, tmp_p
     slower = train(*flags, "unet_training.0.learning_rate=5e-4")
     assert slower.code == 0 and "learning_rate was 0.001 and is 0.0005, but that stage is finished" in slower.err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+SETTINGS = {
+    "any": ("seed", "data.crop", "model.unet.channels"),
+    "autoencoder": ("autoencoder_training.crop",),
+    "clip": ("clip_training.batch_size", "clip.width"),
+    "thumbnail": ("thumbnail_training", "thumbnail_training.steps"),
+    "unet-0": ("unet_training.0.pictures", "unet_training.1.train_text"),
+    "unet-1": ("unet_training.1.pictures",),
+    "lora": ("lora_training.rank",),
+    "consistency": ("consistency_training.side",),
+    "evaluator": ("evaluator_training.batch_size", "evaluator.clip.width"),
+}
+
+
+@pytest.mark.parametrize(
+    ("begun", "settled"),
+    [
+        ("", ""),
+        ("checkpoints/clip", "any autoencoder clip"),
+        ("text.safetensors", "any autoencoder clip"),
+        ("unet-0.safetensors", "any autoencoder clip thumbnail unet-0"),
+        ("checkpoints/unet-1", "any autoencoder clip thumbnail unet-0 unet-1"),
+        ("unet-consistency.safetensors", "any autoencoder clip thumbnail unet-0 unet-1 lora consistency"),
+        ("checkpoints/evaluator", "any evaluator"),
+    ],
+)
+def test_a_setting_is_settled_once_its_stage_or_one_behind_it_has_begun(
+    recipe: Path, tmp_path: Path, begun: str, settled: str
+) -> None:
+    run = Run(configuration.load(recipe, Recipe), tmp_path)
+    if begun:
+        (tmp_path / begun).mkdir(parents=True)
+        if begun.endswith("safetensors"):
+            (tmp_path / begun).rmdir()
+            (tmp_path / begun).touch()
+    found = {stage for stage, names in SETTINGS.items() for name in names if continuity.begun(name, run)}
+    assert sorted(found) == sorted(settled.split())
+    assert all(len({continuity.begun(name, run) for name in names}) == 1 for names in SETTINGS.values())
+
+
+def test_a_stage_that_has_not_begun_takes_another_recipe(train: Script, recipe: Path, tmp_path: Path) -> None:
+    flags = ("--config", recipe, "--run-dir", tmp_path / "run")
+    assert train("unet", *flags).code == 0
+    second = (
+        '  - {side: 28, pictures: 12, steps: 1, batch_size: 2, learning_rate: 1e-3, precision: "no"}\nsample_prompts'
+    )
+    recipe.write_text(DIGITS.replace("sample_prompts", second))
+    check(train("unet", *flags, "unet_training.0.batch_size=4"), 2, "unet_training.0.batch_size was 8 and is 4")
+    assert train("unet", *flags).code == 0
+    assert (tmp_path / "run" / "unet-1.safetensors").is_file()
+    recipe.write_text(DIGITS)
+    check(train("unet", *flags), 2, "this run began with another recipe, unet_training.1.")
 
 
 def test_what_is_free_to_change_is_taken_from_there_on(
