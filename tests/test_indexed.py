@@ -293,6 +293,13 @@ def test_latents_come_back_as_they_were_written(cached: Path) -> None:
     assert rows == 88
 
 
+@pytest.mark.parametrize(("first", "least", "most"), [(0.0, 0.3, 0.7), (0.6, 0.65, 0.95), (1.0, 1.0, 1.0)])
+def test_of_cached_captions_any_is_shown_or_the_first(cached: Path, first: float, least: float, most: float) -> None:
+    source = LatentShards(LatentsConfig(shards=str(cached), batch_size=BATCH, choice="any", first=first), OF)
+    texts = [text for batch in itertools.islice(source.batches(workers=0), 12) for text in batch_rows(batch)[3]]
+    assert least <= sum(bool((text >= 0).all()) for text in texts) / len(texts) <= most
+
+
 def batch_rows(batch: LatentBatch) -> tuple[Any, ...]:
     return batch.keys, batch.mean, batch.std, batch.text, batch.dropped.tolist()
 

@@ -62,13 +62,19 @@ def choose_caption(caption: str, facts: Mapping[str, Any], config: CaptionConfig
         raise without_words(where)
     if chance("caption dropout") < config.dropout:
         return ""
-    first = config.choice == "first" or (config.first > 0 and chance("first caption") < config.first)
-    chosen = known[0] if first else pick(known, chance("caption"))
+    chosen = known[which(len(known), config.choice, config.first, chance)]
     usable = [template for template in config.templates if set(NAME.findall(template)) <= {"caption", *facts}]
     if not usable:
         return chosen
     words = {**facts, "caption": chosen}
     return NAME.sub(lambda found: str(words[found[1]]), pick(usable, chance("template")))
+
+
+def which(count: int, choice: Literal["first", "any"], first: float, chance: Chance) -> int:
+    """The place of this step's caption among `count`, of which `first` is how often any is the first nevertheless."""
+    if choice == "first" or (first > 0 and chance("first caption") < first):
+        return 0
+    return int(chance("caption") * count)
 
 
 def without_words(where: str) -> BadSample:

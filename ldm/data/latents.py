@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.data.captions import which
 from ldm.data.index import UNKNOWN, Measure, Reader, Span, open_table
 from ldm.data.indexed import counted, first_good
 from ldm.data.loading import PartsOfBatches, loaded
@@ -261,8 +262,7 @@ class LatentShards:
         if states is None or states.ndim != 3 or states.shape[1:] != self.null.shape or not len(states):
             words = f"got {TEXT} of {max(size, 0)} bytes, expected fp16 (captions, *{self.null.shape})"
             raise BadSample(self.table.where(sample), "text states of another form", words)
-        number = chance("caption") if self.config.choice == "any" else 0.0
-        return states[int(number * len(states))]
+        return states[which(len(states), self.config.choice, self.config.first, chance)]
 
 
 def shape_of(header: bytes) -> tuple[int, ...] | None:

@@ -57,6 +57,8 @@ class LatentsConfig(ReadingConfig):
     """Latents and text states that `scripts/cache_latents.py` has written."""
 
     mode: Literal["indexed"] = "indexed"
+    # As in CaptionConfig.
     choice: Literal["first", "any"] = "first"
+    first: float = Field(default=0.0, ge=0, le=1)
     # Probability that the text states become those of the null prompt, for classifier-free guidance.
     dropout: float = Field(default=0.0, ge=0, le=1)

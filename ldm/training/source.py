@@ -153,6 +153,7 @@ def latent_shards(pattern: str, data: DataConfig, batch_size: int, seed: int, ma
         timeout_s=data.timeout_s,
         index=data.index,
         choice=data.captions.choice,
+        first=data.captions.first,
     )
     return LatentShards(config, replace(made_from, buckets=data.buckets.name if data.buckets is not None else ""))
 
