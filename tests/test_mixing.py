@@ -153,8 +153,8 @@ def test_what_cannot_be_mixed_or_kept_is_refused(folders: tuple[Path, Path]) -> 
 
 
 def test_further_captions_are_drawn_like_the_first_and_say_the_same_ground(folders: tuple[Path, Path]) -> None:
-    settings = {"choice": "any", "dropout": 0.1, "first": 0.3}
-    one, many = (config(folders, captions=CaptionConfig(draws=draws, **settings)) for draws in (1, 4))
+    captions = CaptionConfig(choice="any", dropout=0.1, first=0.3)
+    one, many = (config(folders, captions=captions, draws=draws) for draws in (1, 4))
     steps = taken(IndexedShards(many), 12)
     for kept, plain, alone in zip(
         taken(ResidentShards(many, CPU), 12), steps, taken(IndexedShards(one), 12), strict=True

@@ -19,8 +19,6 @@ class CaptionConfig(Config):
     choice: Literal["first", "any"] = "first"
     # With choice any: how often it is the first nevertheless, the caption of its txt.
     first: float = Field(default=0.0, ge=0, le=1)
-    # How often a batch draws for each picture; what is kept for many steps, as latents are, has as many to show.
-    draws: int = Field(default=1, ge=1)
     # Probability that the caption becomes the null prompt, for classifier-free guidance.
     dropout: float = Field(default=0.0, ge=0, le=1)
     # Such as "a photo of {caption}" or "{caption}, {style} style": names other than caption are the sample's facts,
@@ -46,10 +44,10 @@ def all_captions(caption: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def choose_captions(
-    caption: str, facts: Mapping[str, Any], config: CaptionConfig, chance: Chance, where: str
+    caption: str, facts: Mapping[str, Any], config: CaptionConfig, chance: Chance, where: str, count: int
 ) -> tuple[str, ...]:
-    """The caption of this step, then those that were as likely, drawn one by one: `draws` in all. Faults as below."""
-    chances = (chance, *(chance.other(f"draw {number}") for number in range(1, config.draws)))
+    """The caption of this step, then those that were as likely, drawn one by one: `count` in all. Faults as below."""
+    chances = (chance, *(chance.other(f"draw {number}") for number in range(1, count)))
     return tuple(choose_caption(caption, facts, config, each, where) for each in chances)
 
 

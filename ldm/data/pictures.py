@@ -60,7 +60,7 @@ def read_picture_sample(
     """The sample at `size`, with the caption of this step; random choices follow from `chance`. Raises BadSample."""
     refuse_name(key, where)
     sample = decode(files, where)
-    captions = choose_captions(sample.caption, sample.facts, config.captions, chance, where)
+    captions = choose_captions(sample.caption, sample.facts, config.captions, chance, where, config.draws)
     picture = cropped(sample.image, config.pictures, size, chance)
     image = to_tensor(picture)
     ground = find_ground(picture) if config.pictures.grounds else None

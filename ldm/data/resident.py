@@ -108,7 +108,7 @@ class ResidentShards:
         known = [self._memory.words[sample] for sample in part.samples.tolist()]
         for (place, sample), words in zip(part.places(), known, strict=True):
             chance, config = Chance(f"{self.config.seed} {part.step} {place}"), self._shards.config_of(sample)
-            drawn = choose_captions(words.caption, words.facts, config.captions, chance, words.key)
+            drawn = choose_captions(words.caption, words.facts, config.captions, chance, words.key, config.draws)
             name = choose_ground(words.fits, config.pictures.grounds, chance)
             caption, *more = drawn if name is None else (said(one, name) for one in drawn)
             captions.append(caption)

@@ -41,6 +41,8 @@ class PicturesConfig(ReadingConfig):
 
     pictures: PictureConfig
     captions: CaptionConfig = CaptionConfig()
+    # How many captions are drawn for each picture of a batch: what is kept for many steps has as many to show.
+    draws: int = Field(default=1, ge=1)
     buckets: BucketConfig | None = None
     mix: MixConfig | None = None
     # Streaming only: samples, still encoded, among which each reader draws the next one.

@@ -63,12 +63,6 @@ class Run:
         data = self.recipe.data.model_copy(update={"resident": True})
         return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
 
-    def drawing(self, captions: int) -> "Run":
-        """The same run, whose batches have that many captions of each picture, each as likely as the first."""
-        chosen = self.recipe.data.captions.model_copy(update={"draws": captions})
-        data = self.recipe.data.model_copy(update={"captions": chosen})
-        return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
-
     def product(self, name: str) -> Path:
         """Where a finished stage leaves its tensors."""
         return self.folder / f"{name}.safetensors"
@@ -88,9 +82,12 @@ class Run:
         """Where the states of a stage are saved."""
         return self.folder / "checkpoints" / stage
 
-    def pictures(self, batch_size: int, side: int, seed: int, alone: bool = False) -> Pictures:
-        """Batches of the recipe's pictures, by position; whole ones for a process that is `alone` in what it does."""
-        return source.pictures(self.recipe.data, batch_size, side, seed, alone, self.tallies)
+    def pictures(self, batch_size: int, side: int, seed: int, alone: bool = False, draws: int = 1) -> Pictures:
+        """Batches of the recipe's pictures, by position; whole ones for a process that is `alone` in what it does.
+
+        Each picture has `draws` captions.
+        """
+        return source.pictures(self.recipe.data, batch_size, side, seed, alone, self.tallies, draws)
 
     def bad_samples(self) -> dict[str, int]:
         """How many samples this process has left out so far, by reason."""

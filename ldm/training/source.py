@@ -78,22 +78,28 @@ def require(data: DataConfig) -> None:
 
 
 def pictures(
-    data: DataConfig, batch_size: int, side: int, seed: int, alone: bool = False, tallies: list[Tally] | None = None
+    data: DataConfig,
+    batch_size: int,
+    side: int,
+    seed: int,
+    alone: bool = False,
+    tallies: list[Tally] | None = None,
+    draws: int = 1,
 ) -> Pictures:
     """Batches of the recipe's pictures, `side` pixels square (digits: as they are); whole ones where one is `alone`.
 
-    What counts their bad samples is added to `tallies`.
+    What counts their bad samples is added to `tallies`. A picture has `draws` captions; a digit has one.
     """
     me = workers()
     me = replace(me, rank=0, world=1) if alone else me
     if data.digits is not None:
         return digits(data.digits, batch_size, seed, me)
-    return shards(data, batch_size, side, seed, me, [] if tallies is None else tallies)
+    config = settings(data, batch_size, side, seed).model_copy(update={"draws": draws})
+    return shards(data, config, me, [] if tallies is None else tallies)
 
 
-def shards(data: DataConfig, batch_size: int, side: int, seed: int, me: Workers, tallies: list[Tally]) -> Pictures:
+def shards(data: DataConfig, config: PicturesConfig, me: Workers, tallies: list[Tally]) -> Pictures:
     """Batches from WebDataset shards: resident, indexed or streamed as the recipe says."""
-    config = settings(data, batch_size, side, seed)
     if data.resident:
         resident = ResidentShards(config, me.device, data.workers)
         tallies.extend(resident.tallies)

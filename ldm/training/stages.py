@@ -219,7 +219,7 @@ def encoded_parts(
 ) -> Iterator[int | LatentCache]:
     """The latents in parts of PART pictures, each kept beside `path` once it is there; yields as `encode` does."""
     condition = encoding(run, bundle, stage, torch.float16)
-    pictures = run.drawing(CAPTIONS_KEPT).pictures(ENCODED_AT_ONCE, stage.side, run.recipe.seed, alone=True)
+    pictures = run.pictures(ENCODED_AT_ONCE, stage.side, run.recipe.seed, alone=True, draws=CAPTIONS_KEPT)
     for first in range(0, count, PART):
         kept, of = path.with_stem(f"{path.stem}-{first:08d}"), {**about, "first": first}
         part = latents.load(kept, of)
