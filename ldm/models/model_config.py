@@ -35,7 +35,7 @@ class SamplingDefaults(Config):
 
 
 class ModelConfig(Config):
-    """Autoencoder, text encoder, UNet, noise schedule and what the UNet predicts."""
+    """Autoencoder, text encoder, UNet, noise schedule, what the UNet predicts, and how it is drawn with."""
 
     autoencoder: Annotated[AutoencoderConfig | PixelConfig, Field(discriminator="kind")]
     text: Annotated[ClipTextConfig | LabelConfig, Field(discriminator="kind")]
@@ -43,6 +43,8 @@ class ModelConfig(Config):
     noise_schedule: NoiseScheduleConfig = NoiseScheduleConfig()
     prediction: Literal["eps", "v", "x0"] = "eps"
     sampling: SamplingDefaults
+    # Prompts that show what the model can draw; the page offers the first of them to begin with.
+    examples: tuple[str, ...] = ()
 
     @property
     def is_inpainting(self) -> bool:

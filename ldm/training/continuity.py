@@ -21,6 +21,7 @@ RECIPE, BASE, DATA = "recipe.yaml", "base.json", "data.json"
 FREE = (
     *("sample_prompts", "sample_every", "micro_batch_size", "compile", "gradient_checkpointing", "strategy"),
     *("save_every", "keep", "keep_best", "learning_rate", "steps", "workers", "timeout_s", "index", "resident"),
+    "examples",
 )
 
 # What the stage of a section leaves last.

@@ -20,11 +20,8 @@ from ldm.ui.history import History
 from ldm.ui.showing import Shown, generate, strip_of
 from ldm.ui.studio import Studio
 
-EXAMPLES = (
-    "a red circle to the left of a blue square",
-    "a green triangle above a yellow circle",
-    "three small purple hearts on a beige background",
-)
+EXAMPLES = 3
+"""So many of a model's own prompts are offered."""
 # Gradio adds a component's events (`change`, `click`) when it is imported, where no type checker sees them.
 Component = Any
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -94,16 +91,14 @@ def build(studio: Studio, history: History) -> Create:
     config = studio.models.config(first)
     with gr.Row(elem_id="create", elem_classes="screen"):
         with gr.Column(scale=5, min_width=300, elem_classes="controls"):
-            made, tokens = _prompt(studio, config.text.kind == "clip")
+            made, tokens = _prompt(studio)
             with gr.Row(elem_id="go"):
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 stop = gr.Button("Stop", variant="stop", elem_id="stop")
                 skip = gr.Button("Skip", elem_id="skip")
             made |= _fields(studio, fields.defaults(first, config))
-            if config.text.kind == "clip":
-                with gr.Column(elem_id="examples"):
-                    for text in EXAMPLES:
-                        gr.Button(text, size="sm").click(lambda text=text: text, None, made["prompt"], **LOOK)
+            with gr.Column(elem_id="examples"):
+                offered = [gr.Button(text, size="sm", visible=bool(text)) for text in examples(config)]
         with gr.Column(scale=7, min_width=300, elem_classes="result"):
             stage = gr.HTML(markup.welcome("Write what you want to see, then press Generate."), elem_id="stage")
             status = gr.HTML(markup.status(f"Ready. Model: {first}"), elem_id="status")
@@ -120,16 +115,23 @@ def build(studio: Studio, history: History) -> Create:
     _connect_drawing(studio, history, screen)
     _connect_results(studio, history, screen)
     _connect_fields(studio, screen)
+    _connect_examples(studio, screen, offered)
     return screen
 
 
-def _prompt(studio: Studio, examples: bool) -> tuple[dict[str, Component], gr.HTML]:
-    """The prompt, its token counter, and prompts to begin with."""
+def examples(config: ModelConfig) -> list[str]:
+    """What a model can draw, as prompts to begin with; empty ones where it names fewer."""
+    return [*config.examples, *[""] * EXAMPLES][:EXAMPLES]
+
+
+def _prompt(studio: Studio) -> tuple[dict[str, Component], gr.HTML]:
+    """The prompt and its token counter."""
+    config = studio.models.config(studio.models.first)
     prompt = gr.Textbox(
-        label="Prompt", lines=3, max_lines=8, placeholder=EXAMPLES[0] if examples else "", autofocus=True,
+        label="Prompt", lines=3, max_lines=8, placeholder=examples(config)[0], autofocus=True,
         max_length=MAX_PROMPT, elem_id="prompt",
     )  # fmt: skip
-    counter = gr.HTML(token_words("", studio.models.config(studio.models.first)), elem_id="tokens")
+    counter = gr.HTML(token_words("", config), elem_id="tokens")
     return {"prompt": prompt}, counter
 
 
@@ -276,6 +278,19 @@ def _count_tokens(studio: Studio, screen: Create, counter: gr.HTML) -> None:
         return token_words(text or "", studio.models.config(name))
 
     gr.on([prompt.change, model.change], count, [prompt, model], counter, **LOOK)
+
+
+def _connect_examples(studio: Studio, screen: Create, offered: list[Component]) -> None:
+    """A press writes a prompt; another model offers its own."""
+    prompt, model = screen.fields["prompt"], screen.fields["model"]
+
+    def of_model(name: str) -> list[object]:
+        texts = examples(studio.models.config(name))
+        return [gr.update(placeholder=texts[0]), *(gr.update(value=text, visible=bool(text)) for text in texts)]
+
+    for button in offered:
+        button.click(lambda text: text, button, prompt, **LOOK)
+    model.change(of_model, model, [prompt, *offered], **LOOK)
 
 
 def _connect_fields(studio: Studio, screen: Create) -> None:

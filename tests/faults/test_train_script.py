@@ -114,6 +114,8 @@ def test_a_run_taken_up_again_is_the_same_run(train: Script, recipe: Path, tmp_p
     slower = train(*flags, "unet_training.0.learning_rate=5e-4")
     assert slower.code == 0 and "learning_rate was 0.001 and is 0.0005, but that stage is finished" in slower.err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+    shown = train(*flags, "model.examples=['7', '4']")
+    assert shown.code == 0 and "model.examples.1 was None and is 4" in shown.err
 
 
 SETTINGS = {

@@ -10,6 +10,7 @@ from typing import Any
 
 SERVED = Path(__file__).with_name("served.py")
 OTHER_MODEL = "<img src=x onerror=document.title='taken'>"
+EXAMPLES = ("an orange star", "<b>a blue heart</b>")
 PATIENCE = 180_000  # milliseconds; what should come at once may come late on a busy machine
 
 

@@ -3,12 +3,13 @@
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from browsing import OTHER_MODEL, Server, User
+from browsing import EXAMPLES, OTHER_MODEL, Server, User
 
 from ldm.bundle import Bundle
 
@@ -33,11 +34,12 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def other_models(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one more model, of other weights and with a hostile name."""
+    """A folder with one more model, of other weights, with a hostile name, which says what it can draw."""
     folder = tmp_path_factory.mktemp("other")
     other = Bundle.load(str(tiny_folder))
     with torch.no_grad():
         next(iter(other.unet.parameters())).mul_(1.5)
+    other = replace(other, config=other.config.model_copy(update={"examples": EXAMPLES}))
     other.save(folder / OTHER_MODEL)
     return folder
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from browsing import OTHER_MODEL, PATIENCE, Server, User
+from browsing import EXAMPLES, OTHER_MODEL, PATIENCE, Server, User
 from PIL import Image
 
 from ldm.bundle import verify
@@ -164,6 +164,22 @@ def test_fields_move_one_another(user: User) -> None:
     user.page.fill("#width input", "64")
     user.page.fill("#height input", "64")
     choice("Square").to_be_checked()
+
+
+def test_each_model_offers_the_prompts_that_it_names(user: User) -> None:
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=PATIENCE)
+    offered, prompt = user.page.locator("#examples button:visible"), user.page.locator("#prompt textarea")
+    assert offered.count() == 0
+    user.opens_advanced()
+    for model, texts in ((OTHER_MODEL, EXAMPLES), ("tiny", ()), (OTHER_MODEL, EXAMPLES)):
+        user.page.get_by_label("Model", exact=True).click()
+        user.page.get_by_role("option", name=model, exact=True).click()
+        expect(offered).to_have_text(list(texts))
+        expect(prompt).to_have_attribute("placeholder", (*texts, "")[0])
+    offered.nth(1).click()
+    expect(prompt).to_have_value(EXAMPLES[1])
 
 
 @pytest.mark.slow
