@@ -26,7 +26,7 @@ REFERENCE_CALLS = 200
 def parser() -> ArgumentParser:
     """The flags."""
     made = ArgumentParser(description=f"{__doc__}\n\n{EXAMPLES}", prog="compare_samplers.py")
-    made.add_argument("--model", metavar="NAME|PATH", help="bundle that draws shapes [the bundled model]")
+    made.add_argument("--model", metavar="NAME|PATH", help="bundle that draws shapes [shapes-256]")
     made.add_argument("--samplers", metavar="A,B,…", help="samplers [all that suit any model]")
     made.add_argument("--schedule", help="grid of noise levels [the model's default]")
     made.add_argument("--calls", default="6,10,20", metavar="N,…", help="model calls of a picture [6,10,20]")
@@ -44,7 +44,7 @@ def main() -> None:
     from ldm.data.shapes import held_out_prompts
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.evaluation.scores import score_shapes
-    from ldm.formats.finding import DEFAULT
+    from ldm.formats.finding import SHAPES
     from ldm.machine import find_device, find_dtype, keep_freed_memory
     from ldm.outputs import check_writable
     from ldm.pipeline import TextToImage
@@ -63,7 +63,7 @@ def main() -> None:
             check_writable(path.parent)
     device = find_device("auto")
     keep_freed_memory()
-    engine = TextToImage(Bundle.load(args.model or DEFAULT, str(device), find_dtype("auto", device)[0]))
+    engine = TextToImage(Bundle.load(args.model or SHAPES, str(device), find_dtype("auto", device)[0]))
     prompts = held_out_prompts(count, "one", seed=0)
 
     def drawn(request: GenerationRequest, steps: int) -> "list[Image]":

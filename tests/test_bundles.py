@@ -7,7 +7,7 @@ import pytest
 
 from ldm.bundle import Bundle, read_config, verify
 from ldm.evaluation.scores import score_shapes
-from ldm.formats.finding import DEFAULT, FOLDER, bundled_names, find
+from ldm.formats.finding import DEFAULT, FOLDER, SHAPES, bundled_names, find
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
@@ -17,7 +17,7 @@ PROMPTS = ("a red circle", "a blue square", "a green triangle above a yellow cir
 
 @pytest.fixture(scope="module")
 def shipped() -> Bundle:
-    return Bundle.load(DEFAULT)
+    return Bundle.load(SHAPES)
 
 
 @pytest.mark.parametrize("name", bundled_names())

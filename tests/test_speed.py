@@ -156,7 +156,7 @@ def test_what_is_computed_otherwise_has_the_plain_result(
 def test_the_bundle_is_measured_and_its_options_are_set_beside_plain_pictures(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundled, "DEFAULT", str(tiny_folder))
+    monkeypatch.setattr(bundled, "SHAPES", str(tiny_folder))
     options = {"plain": {}, "the same": {"reuse": 1}, "reuse": {"reuse": 2}, "merged": {"merge_tokens": 0.75}}
     monkeypatch.setattr(bundled, "OPTIONS", options)
     monkeypatch.setattr(bundled, "PROMPTS", 2)
@@ -177,7 +177,7 @@ def test_the_bundle_is_measured_and_its_options_are_set_beside_plain_pictures(
 def test_pictures_in_half_precision_are_set_beside_those_in_fp32(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(bundled, "DEFAULT", str(tiny_folder))
+    monkeypatch.setattr(bundled, "SHAPES", str(tiny_folder))
     monkeypatch.setattr(bundled, "PROMPTS", 2)
     monkeypatch.setattr(bundled, "STEPS", 3)
     bench = Bench(CPU, dtype, 64, 1, 1, compiled=False, with_theirs=False)

@@ -1,4 +1,4 @@
-"""Contests of the bundle that ships: what a user waits for, and what is spared by options that change the picture."""
+"""Contests of a bundle that ships, whose pictures can be read: what a user waits for, and what options spare."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -12,7 +12,7 @@ from ldm.diffusion.guidance import guided
 from ldm.evaluation.contests import OURS, PROMPT, Bench
 from ldm.evaluation.reconstruction import psnr, ssim
 from ldm.evaluation.speed import Comparison, Difference, Operations, Work, operations
-from ldm.formats.finding import DEFAULT
+from ldm.formats.finding import SHAPES
 from ldm.images import to_tensor
 from ldm.models.model_config import ModelConfig, build
 from ldm.models.text import ClipTextConfig
@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 
 def engine(bench: Bench) -> TextToImage:
     """The bundle, ready to draw."""
-    return TextToImage(Bundle.load(DEFAULT, str(bench.device), bench.dtype))
+    return TextToImage(Bundle.load(SHAPES, str(bench.device), bench.dtype))
 
 
 def work_of(config: ModelConfig, count: int, width: int, height: int) -> tuple[Operations, Operations]:
@@ -95,7 +95,7 @@ def options(bench: Bench) -> Iterator[Comparison]:
 def precision(bench: Bench) -> Iterator[Comparison]:
     """The same prompts and seeds in 20 steps, computed in fp32 and in bf16, or in fp16 where `auto` is that."""
     formats = torch.float32, torch.bfloat16 if bench.dtype == torch.float32 else bench.dtype
-    engines = {str(dtype): TextToImage(Bundle.load(DEFAULT, str(bench.device), dtype)) for dtype in formats}
+    engines = {str(dtype): TextToImage(Bundle.load(SHAPES, str(bench.device), dtype)) for dtype in formats}
     tasks = {name: partial(drawn, ours, {"steps": STEPS}) for name, ours in engines.items()}
     name = engines[str(torch.float32)].bundle.name
     yield differing(bench, f"{name}, {PROMPTS} pictures of {STEPS} steps in two number formats", tasks)

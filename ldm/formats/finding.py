@@ -8,7 +8,9 @@ from ldm.errors import ModelError
 from ldm.formats.describe import BUNDLE_CONFIG, layout
 
 FOLDER = Path(__file__).parent.parent / "bundles"
-DEFAULT = "shapes-256"
+SHAPES = "shapes-256"
+"""The bundle whose pictures a program can read: figures that need that are measured with it."""
+DEFAULT = SHAPES
 
 
 def bundled_names() -> list[str]:
