@@ -1,6 +1,7 @@
 """The only place where pixels change range, dtype, colour mode or file format."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ldm.files import appearing
 Image.MAX_IMAGE_PIXELS = 32_000_000
 
 METADATA_KEY = "ldm"
+MAX_SHEET_PIXELS = 32_000_000
 
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "c h w"]:
@@ -41,6 +43,30 @@ def grid(images: list[Image.Image], columns: int, gap: int = 4, colour: str = "w
         row, column = divmod(index, columns)
         sheet.paste(image, (column * (width + gap), row * (height + gap)))
     return sheet
+
+
+class ContactSheet:
+    """Pictures of one size that come one after another, in rows; smaller where all would have over 32 megapixels.
+
+    A row has `each` of them, which belong together; or, where all do or none, as many as there are rows.
+    """
+
+    def __init__(self, count: int, each: int, width: int, height: int, gap: int = 4) -> None:
+        columns = each if 1 < each < count else math.ceil(math.sqrt(count))
+        rows = -(-count // columns)
+        scale = math.sqrt(MAX_SHEET_PIXELS / (rows * columns * (width + gap) * (height + gap)))
+        self.columns, self.gap, self.images = columns, gap, list[Image.Image]()
+        self.size = (width, height)
+        if scale < 1.0:
+            self.size = max(1, int((width + gap) * scale) - gap), max(1, int((height + gap) * scale) - gap)
+
+    def add(self, image: Image.Image) -> None:
+        """Take the next picture."""
+        self.images.append(image if image.size == self.size else image.resize(self.size, Image.Resampling.LANCZOS))
+
+    def save(self, path: Path) -> None:
+        """Write what has come as a PNG."""
+        save_png(grid(self.images, self.columns, self.gap), path)
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, object] | None = None) -> None:

@@ -35,14 +35,14 @@ def check_writable(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_new(path: Path) -> None:
+def check_new(path: Path, field: str = "output") -> None:
     """Raise SettingError for an exact output name that is taken or that is no PNG's."""
     if path.suffix.lower() != ".png":
-        raise SettingError(f"output: {path} does not end in .png; only PNG files are written, change the name")
+        raise SettingError(f"{field}: {path} does not end in .png; only PNG files are written, change the name")
     taken = [path, *path.parent.glob(f"{_literal(path.stem)}.step[0-9]*.png")]
     for other in taken:
         if other.exists() or other.is_symlink():
-            raise SettingError(f"output: {other} exists and is never overwritten; give another name or remove it")
+            raise SettingError(f"{field}: {other} exists and is never overwritten; give another name or remove it")
 
 
 def preview_path(path: Path, step: int) -> Path:

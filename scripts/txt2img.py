@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,9 +99,7 @@ def parser() -> ArgumentParser:
     advanced = made.add_argument_group("advanced")
     add_sampling(advanced)
     advanced.add_argument("--reuse", metavar="N", help="1 … 20; ask coarse levels every Nth time: faster, worse [1]")
-    advanced.add_argument(
-        "--merge-tokens", metavar="X", help="0 … 0.75; pixels that attend as others do: faster, worse [0]"
-    )
+    advanced.add_argument("--merge-tokens", metavar="X", help="0 … 0.75; like pixels attend as one: faster, worse [0]")
     advanced.add_argument("--width", metavar="N", help="64 … 2048, instead of --size")
     advanced.add_argument("--height", metavar="N", help="64 … 2048, instead of --size")
     advanced.add_argument("--batch-size", metavar="N", help="pictures drawn at once [what has 512x512 pixels together]")
@@ -118,6 +116,7 @@ def parser() -> ArgumentParser:
     output = made.add_argument_group("output")
     output.add_argument("--outdir", metavar="FOLDER", help="where pictures go, as NNNN-prompt.png [outputs]")
     output.add_argument("--output", metavar="FILE", help="the exact name of one picture, instead of --outdir")
+    output.add_argument("--grid", metavar="FILE", help="also write all pictures as one, a row for each prompt")
     output.add_argument("--preview-every", metavar="N", help="write a preview NAME.step012.png every N steps [never]")
     output.add_argument("--json", action="store_true", help="print one line of JSON for each picture")
     output.add_argument("--dry-run", action="store_true", help="print the settings and noise levels, and stop")
@@ -170,6 +169,7 @@ def main() -> None:
 
     folder = find(args.model or DEFAULT)
     from ldm import bundle
+    from ldm.diffusion.conventions import missing
     from ldm.machine import find_device, find_dtype, keep_compiled, keep_freed_memory
     from ldm.models.autoencoder import KLAutoencoder
     from ldm.pipeline import TextToImage, memory_plan
@@ -178,7 +178,8 @@ def main() -> None:
     config = bundle.read_config(folder, args.prediction)
     seed = resolve_seed(requests[0].seed)
     requests = [resolve(request.model_copy(update={"seed": seed}), config) for request in requests]
-    note(args, differs(requests[0]))
+    assert requests[0].convention and requests[0].sampler
+    note(args, missing(requests[0].convention, requests[0].sampler, requests[0].schedule))
     device = find_device(args.device or "auto")
     dtype, remark = find_dtype(args.dtype or "auto", device)
     memory = {}
@@ -218,19 +219,6 @@ def read_ahead(loaded: "Bundle", requests: "Sequence[GenerationRequest]") -> "Bu
     prompts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
     texts = dict.fromkeys((*prompts, *("" for one in requests if one.perp_neg > 0.0)))
     return replace(loaded, text=ReadAhead(loaded.text, tuple(texts))) if len(texts) <= READ_AHEAD else loaded
-
-
-def differs(request: "GenerationRequest") -> str:
-    """What to say where the convention asked for has no say, or nothing."""
-    from ldm.diffusion.conventions import reproduces
-
-    assert request.convention and request.sampler
-    if request.convention == "exact":
-        return ""
-    if request.schedule is not None and reproduces(request.convention, request.sampler, request.schedule):
-        return ""
-    what = "list of levels" if request.schedule is None else f"{request.sampler} on {request.schedule}"
-    return f"{request.convention} has no {what}: drawn as exact does"
 
 
 def note(args: argparse.Namespace, text: str) -> None:
@@ -302,8 +290,13 @@ def check_output(args: argparse.Namespace, requests: "Sequence[GenerationRequest
         if len(requests) > 1 or requests[0].num_images > 1:
             raise SettingError("output: names one picture, but more are asked for; use --outdir")
         check_new(Path(args.output))
+    if args.grid is not None:
+        check_new(Path(args.grid), "grid")
+        if args.grid == args.output:
+            raise SettingError("grid: is the name that --output has; give another one")
     if not args.dry_run:
         check_writable(outdir(args) if args.output is None else Path(args.output).parent)
+        check_writable(Path(args.grid or ".").parent)
     return preview_every
 
 
@@ -333,11 +326,16 @@ def show_plan(request: "GenerationRequest", config: "ModelConfig", memory: "dict
 
 
 def draw_all(
-    args: argparse.Namespace, requests: "Iterable[GenerationRequest]", pipeline: "TextToImage", preview_every: int
+    args: argparse.Namespace, requests: "Sequence[GenerationRequest]", pipeline: "TextToImage", preview_every: int
 ) -> None:
     """Draw every request in batches, with a progress bar on a terminal; every picture is saved when it is finished."""
     from tqdm import tqdm
 
+    from ldm.images import ContactSheet
+    from ldm.outputs import check_new
+
+    first, count = requests[0], sum(request.num_images for request in requests)
+    sheet = ContactSheet(count, first.num_images, first.width or 1, first.height or 1)
     batches = [batch for request in requests for batch in request.batches()]
     total = sum(len(pipeline.route(batch).timesteps) for batch in batches)
     began, images = time.monotonic(), 0
@@ -355,6 +353,13 @@ def draw_all(
                 for path, image in zip(paths, pipeline.images(batch, step.x), strict=True):
                     save(args, path, image)
                     images += 1
+                    if args.grid is not None:
+                        sheet.add(image.image)
+    if args.grid is not None:
+        check_new(Path(args.grid), "grid")
+        Path(args.grid).parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(Path(args.grid))
+        note(args, f"all of them: {args.grid}")
     note(args, f"{images} image{'s' if images > 1 else ''} in {time.monotonic() - began:.1f} s")
 
 

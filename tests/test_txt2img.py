@@ -16,6 +16,7 @@ import pytest
 from helpers import Ended, command, environment, start
 from PIL import Image
 
+from ldm import images
 from ldm.bundle import Bundle
 from ldm.images import read_settings
 from ldm.pipeline import TextToImage
@@ -121,6 +122,43 @@ def test_several_prompts_images_and_json_lines(
     assert [line["seed"] for line in lines] == [4294967295, 0] * 3
     assert [line["settings"]["seed"] for line in lines] == [4294967295, 0] * 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_a_grid_has_every_picture_at_its_place(txt2img: Script, tiny_folder: Path, tmp_path: Path) -> None:
+    asked = ("-p", "a star", "-p", "a moon", "--model", tiny_folder, "--outdir", tmp_path, "--steps", "1")
+    sheet = tmp_path / "new" / "all.png"
+    ended = txt2img(*asked, "--num-images", "3", "--batch-size", "2", "--grid", sheet)
+    assert ended.code == 0 and len(ended.out.split()) == 6, ended.err
+    with Image.open(sheet) as image:
+        assert image.size == (3 * 64 + 2 * 4, 2 * 64 + 4)
+        for place, path in enumerate(ended.out.split()):
+            row, column = divmod(place, 3)
+            corner = 68 * column, 68 * row
+            with Image.open(path) as one:
+                assert image.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == one.tobytes()
+    again = txt2img(*asked, "--grid", sheet)
+    assert again.code == 2 and again.errors == [
+        f"error: grid: {sheet} exists and is never overwritten; give another name or remove it"
+    ]
+    alone = ("-p", "a star", "--model", tiny_folder, "--output", tmp_path / "one.png")
+    assert "grid: is the name that --output has" in txt2img(*alone, "--grid", tmp_path / "one.png").err
+    assert not (tmp_path / "one.png").exists()
+
+
+@pytest.mark.parametrize(("count", "each", "layout"), [(7, 1, (3, 3)), (4, 4, (2, 2)), (6, 2, (2, 3)), (1, 1, (1, 1))])
+def test_a_sheet_of_many_pictures_is_made_of_smaller_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int, each: int, layout: tuple[int, int]
+) -> None:
+    for most in (10_000_000, 5_000):
+        monkeypatch.setattr(images, "MAX_SHEET_PIXELS", most)
+        sheet = images.ContactSheet(count, each, 120, 60)
+        for _ in range(count):
+            sheet.add(Image.new("L", (120, 60), 40))
+        sheet.save(tmp_path / "sheet.png")
+        with Image.open(tmp_path / "sheet.png") as image:
+            assert image.width * image.height <= most and image.getpixel((0, 0)) == (40, 40, 40)
+            if most > 5_000:
+                assert image.size == (124 * layout[0] - 4, 64 * layout[1] - 4)
 
 
 def test_previews_lie_beside_the_picture_and_change_nothing(txt2img: Script, tiny_folder: Path, tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from ldm.cli import nearest
 from ldm.diffusion.grids import GRIDS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import SettingError
+from ldm.images import MAX_SHEET_PIXELS
 from ldm.request import RANDOM_SEED, resolve_seed, shown
 from ldm.ui.fields import QUALITIES
 
 MAX_CELLS = 64
-MAX_SHEET_PIXELS = 32_000_000
 NOTHING = "nothing"
 LABEL_HEIGHT = 28
 

@@ -62,6 +62,14 @@ def reproduces(convention: str, sampler: str, grid: str) -> bool:
     return convention == "exact" or grid in CONVENTIONS[convention].routes.get(sampler, {})
 
 
+def missing(convention: str, sampler: str, grid: str | None) -> str:
+    """What to say where the convention asked for has no say, or nothing; `grid` is None for a list of levels."""
+    if convention == "exact" or (grid is not None and reproduces(convention, sampler, grid)):
+        return ""
+    what = "list of levels" if grid is None else f"{sampler} on {grid}"
+    return f"{convention} has no {what}: drawn as exact does"
+
+
 def sampler_of(convention: str, sampler: str, grid: str | None, schedule: NoiseSchedule) -> Sampler:
     """The sampler with the options that the program runs it with; for a list of levels (`grid` None) as ours."""
     theirs = grid is not None and reproduces(convention, sampler, grid)
