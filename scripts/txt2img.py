@@ -292,11 +292,11 @@ def check_output(args: argparse.Namespace, requests: "Sequence[GenerationRequest
         check_new(Path(args.output))
     if args.grid is not None:
         check_new(Path(args.grid), "grid")
-        if args.grid == args.output:
+        if args.output is not None and Path(args.grid) == Path(args.output):
             raise SettingError("grid: is the name that --output has; give another one")
     if not args.dry_run:
-        check_writable(outdir(args) if args.output is None else Path(args.output).parent)
-        check_writable(Path(args.grid or ".").parent)
+        for file in filter(None, (args.output or outdir(args) / "any.png", args.grid)):
+            check_writable(Path(file).parent)
     return preview_every
 
 
@@ -335,7 +335,7 @@ def draw_all(
     from ldm.outputs import check_new
 
     first, count = requests[0], sum(request.num_images for request in requests)
-    sheet = ContactSheet(count, first.num_images, first.width or 1, first.height or 1)
+    sheet = ContactSheet(count, first.num_images, first.width or 1, first.height or 1) if args.grid else None
     batches = [batch for request in requests for batch in request.batches()]
     total = sum(len(pipeline.route(batch).timesteps) for batch in batches)
     began, images = time.monotonic(), 0
@@ -353,9 +353,9 @@ def draw_all(
                 for path, image in zip(paths, pipeline.images(batch, step.x), strict=True):
                     save(args, path, image)
                     images += 1
-                    if args.grid is not None:
+                    if sheet is not None:
                         sheet.add(image.image)
-    if args.grid is not None:
+    if sheet is not None:
         check_new(Path(args.grid), "grid")
         Path(args.grid).parent.mkdir(parents=True, exist_ok=True)
         sheet.save(Path(args.grid))

@@ -26,6 +26,12 @@ def test_bundle_is_whole_and_at_most_45_megabytes(name: str) -> None:
     assert sum(path.stat().st_size for path in (FOLDER / name).iterdir()) <= 45e6
 
 
+@pytest.mark.parametrize("name", bundled_names())
+def test_bundle_names_prompts_to_begin_with(name: str) -> None:
+    offered = read_config(find(name)).examples
+    assert offered and all(offered)
+
+
 def test_default_bundle_is_256_pixels_at_factor_8_with_a_preview() -> None:
     config = read_config(find(DEFAULT))
     assert (config.sampling.width, config.sampling.height, config.autoencoder.factor) == (256, 256, 8)

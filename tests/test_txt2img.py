@@ -16,7 +16,7 @@ import pytest
 from helpers import Ended, command, environment, start
 from PIL import Image
 
-from ldm import images
+from ldm import images, outputs
 from ldm.bundle import Bundle
 from ldm.images import read_settings
 from ldm.pipeline import TextToImage
@@ -141,8 +141,20 @@ def test_a_grid_has_every_picture_at_its_place(txt2img: Script, tiny_folder: Pat
         f"error: grid: {sheet} exists and is never overwritten; give another name or remove it"
     ]
     alone = ("-p", "a star", "--model", tiny_folder, "--output", tmp_path / "one.png")
-    assert "grid: is the name that --output has" in txt2img(*alone, "--grid", tmp_path / "one.png").err
+    for name in (tmp_path / "one.png", f"{tmp_path}/./one.png"):
+        assert "grid: is the name that --output has" in txt2img(*alone, "--grid", name).err
     assert not (tmp_path / "one.png").exists()
+
+
+def test_only_folders_that_are_written_to_must_be_writable(
+    txt2img: Script, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proved: list[Path] = []
+    monkeypatch.setattr(outputs, "check_writable", proved.append)
+    flags = ("-p", "a star", "--model", tiny_folder, "--steps", "1")
+    assert txt2img(*flags, "--outdir", tmp_path / "a").code == 0
+    assert txt2img(*flags, "--output", tmp_path / "b" / "one.png", "--grid", tmp_path / "c" / "all.png").code == 0
+    assert proved == [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
 
 
 @pytest.mark.parametrize(("count", "each", "layout"), [(7, 1, (3, 3)), (4, 4, (2, 2)), (6, 2, (2, 3)), (1, 1, (1, 1))])
