@@ -1,6 +1,6 @@
 # Everything a person types here. `make` alone lists the targets.
 #
-#   make image PROMPT="a red circle" [STEPS=30] [SEED=1] [MODEL=shapes-256]
+#   make image PROMPT="a 3D emoji of a red apple" [STEPS=30] [SEED=1] [MODEL=shapes-256]
 #   make … PYTHON=python3.12     the interpreter that makes .venv; 3.11 or newer
 #   make … EXTRAS=ui,dev,parity  what is installed beside the core
 #   make test PROCESSES=2        how many tests run beside each other, with one core each
@@ -31,7 +31,7 @@ image: prompt-given $(INSTALLED)  ## draw PROMPT="…"; the last line is the pat
 		$${MODEL:+--model="$$MODEL"} $${STEPS:+--steps="$$STEPS"} $${SEED:+--seed="$$SEED"}
 
 prompt-given:
-	@test -n "$$PROMPT" || { echo 'error: PROMPT: no prompt is given; write make image PROMPT="a red circle"' >&2; exit 2; }
+	@test -n "$$PROMPT" || { echo 'error: PROMPT: no prompt is given; write make image PROMPT="a red apple"' >&2; exit 2; }
 
 install: $(INSTALLED)  ## make .venv and install into it
 	@:

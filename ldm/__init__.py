@@ -2,9 +2,9 @@
 
 from ldm import Bundle, GenerationRequest, TextToImage
 
-pipeline = TextToImage(Bundle.load("shapes-256"))
-for picture in pipeline(GenerationRequest(prompt="a red circle to the left of a blue square", seed=1)):
-    picture.image.save("circle.png")
+pipeline = TextToImage(Bundle.load("emoji-256"))
+for picture in pipeline(GenerationRequest(prompt="a 3D emoji of a red apple", seed=1)):
+    picture.image.save("apple.png")
 """
 
 from importlib import import_module

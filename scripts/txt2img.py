@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ldm.request import GenerationRequest
 
 EXAMPLES = """examples:
-  python scripts/txt2img.py --prompt "a red circle to the left of a blue square"
+  python scripts/txt2img.py --prompt "a 3D emoji of a red apple"
   python scripts/txt2img.py -p "three small purple hearts" --seed 7 -n 4 --steps 20 --sampler euler_ancestral"""
 
 EPILOG = """Pictures are PNG files with their settings inside; only their paths are printed on stdout, one a line.
@@ -90,7 +90,7 @@ def parser() -> ArgumentParser:
     )
     basic.add_argument("--from-file", metavar="FILE", help="read prompts from a text file, one a line")
     basic.add_argument("--negative-prompt", metavar="TEXT", help="what to keep out of the picture [nothing]")
-    basic.add_argument("--model", metavar="NAME|PATH", help="a bundled model, a folder, or a file [shapes-256]")
+    basic.add_argument("--model", metavar="NAME|PATH", help="a bundled model, a folder, or a file [emoji-256]")
     basic.add_argument("--seed", metavar="N", help="0 … 4294967295, or -1 for a random one [-1]")
     basic.add_argument("-n", "--num-images", metavar="N", help="pictures of each prompt [the batch size, else 1]")
     basic.add_argument("--steps", metavar="N", help="1 … 1000 [the model's]")

@@ -15,9 +15,9 @@ from ldm.request import GenerationRequest
 PROMPTS = ("a red circle", "a blue square", "a green triangle above a yellow circle", "a large purple circle")
 
 
-@pytest.fixture(scope="module")
-def shipped() -> Bundle:
-    return Bundle.load(SHAPES)
+@pytest.fixture(scope="module", params=[DEFAULT, SHAPES])
+def shipped(request: pytest.FixtureRequest) -> Bundle:
+    return Bundle.load(request.param)
 
 
 @pytest.mark.parametrize("name", bundled_names())
@@ -43,6 +43,18 @@ def test_most_of_a_few_prompts_are_drawn_right(shipped: Bundle) -> None:
     request = GenerationRequest(prompt="any", steps=10, batch_size=4)
     images = engine.draw(PROMPTS, [11, 12, 13, 14], request)
     assert score_shapes(PROMPTS, images).colour_and_shape.right >= 2
+
+
+def test_default_bundle_draws_a_red_apple_on_the_ground_that_is_asked_for() -> None:
+    grounds = {"": (255, 255, 255), " on a black background": (0, 0, 0)}
+    prompts = [f"a 3D emoji of a red apple{ground}" for ground in grounds]
+    engine = TextToImage(Bundle.load())
+    images = engine.draw(prompts, [1, 1], GenerationRequest(prompt="any", steps=10, batch_size=2))
+    for image, ground in zip(images, grounds.values(), strict=True):
+        pixels = np.asarray(image, dtype=float)
+        red, green, blue = pixels[96:192, 96:160].mean((0, 1))
+        assert red > 150 and max(green, blue) < red / 2
+        assert np.abs(pixels[:8, -8:].mean((0, 1)) - ground).max() < 40
 
 
 def test_preview_has_the_colours_of_the_picture(shipped: Bundle) -> None:

@@ -10,7 +10,7 @@ from ldm.formats.describe import BUNDLE_CONFIG, layout
 FOLDER = Path(__file__).parent.parent / "bundles"
 SHAPES = "shapes-256"
 """The bundle whose pictures a program can read: figures that need that are measured with it."""
-DEFAULT = SHAPES
+DEFAULT = "emoji-256"
 
 
 def bundled_names() -> list[str]:

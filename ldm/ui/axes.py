@@ -79,7 +79,7 @@ EXAMPLES = {
     "Schedule": "trailing, karras",
     "Quality": "Fast, Balanced, Best",
     "Prompt word": "circle, square, star",
-    "Model": "shapes-256",
+    "Model": "emoji-256, shapes-256",
 }
 
 
