@@ -20,7 +20,7 @@ from ldm.ui.history import History
 from ldm.ui.showing import Shown, generate, strip_of
 from ldm.ui.studio import Studio
 
-EXAMPLES = 3
+EXAMPLES = 4
 """So many of a model's own prompts are offered."""
 # Gradio adds a component's events (`change`, `click`) when it is imported, where no type checker sees them.
 Component = Any
