@@ -31,7 +31,7 @@ Points = dict[int, tuple[float, float, float]]
 def parser() -> ArgumentParser:
     """The flags."""
     made = ArgumentParser(description=__doc__, epilog=EPILOG, prog="benchmark_growth.py")
-    made.add_argument("--model", metavar="NAME|PATH", help="bundle or file [the bundled model]")
+    made.add_argument("--model", metavar="NAME|PATH", help="bundle or file [emoji-256]")
     made.add_argument("--axes", default=",".join(AXES), metavar="A,B,…", help=f"of {', '.join(AXES)} [all]")
     made.add_argument("--side", default="256", metavar="PIXELS", help="of the pictures on the other axes [256]")
     made.add_argument("--steps", default="10", metavar="N", help="of the pictures on the other axes [10]")

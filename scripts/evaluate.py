@@ -51,7 +51,7 @@ Item = TypeVar("Item")
 def parser() -> ArgumentParser:
     """The flags."""
     made = ArgumentParser(description=f"{__doc__}\n\n{EXAMPLES}", prog="evaluate.py")
-    made.add_argument("--model", metavar="NAME|PATH", help="bundle to measure [the bundled model]")
+    made.add_argument("--model", metavar="NAME|PATH", help="bundle to measure [emoji-256]")
     made.add_argument("--metrics", default="shapes", metavar="A,B,…", help="what is measured, see above [shapes]")
     add_pictures(made.add_argument_group("pictures"))
     judges = made.add_argument_group("judges")
@@ -282,6 +282,7 @@ def held_out(drawing: "Drawing", args: argparse.Namespace, names: Sequence[str])
         results += autoencoder_results(bundle, seen)
         lines = [line for caption in seen.captions for line in (caption, f"{caption}, reconstructed")]
         sheets.append(Sheet("Reconstructions", seen.pairs, tuple(lines[: len(seen.pairs)])))
+        save_sheet(seen.pairs, args.sheet, "vae")
     if "loss" in names:
         found, bins = loss_results(bundle, seen)
         print(loss_table(bins))

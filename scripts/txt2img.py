@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   python scripts/txt2img.py --prompt "a 3D emoji of a red apple"
-  python scripts/txt2img.py -p "three small purple hearts" --seed 7 -n 4 --steps 20 --sampler euler_ancestral"""
+  python scripts/txt2img.py -p "a cartoon emoji of a tulip" --seed 7 -n 4 --steps 20 --sampler euler_ancestral"""
 
 EPILOG = """Pictures are PNG files with their settings inside; only their paths are printed on stdout, one a line.
 Image i of a prompt is drawn from seed + i; every prompt starts from the same seed.

@@ -431,6 +431,21 @@ def test_everything_at_once(
     assert page.read_text().count("data:image/webp") == 12 + 12 + 24
 
 
+def test_a_sheet_has_each_picture_beside_its_reconstruction(
+    evaluate: Script, tiny_folder: Path, folder: Path, tmp_path: Path
+) -> None:
+    flags = ("--model", tiny_folder, "--metrics", "vae", "--data", folder, "--num-data", "4")
+    ended = evaluate(*flags, "--sheet", tmp_path / "s.png")
+    assert ended.code == 0, ended.err
+    sheet = np.asarray(Image.open(tmp_path / "s-vae.png"), dtype=float)
+    side = sheet.shape[0]
+    assert sheet.shape[1] == 8 * side + 7 * 4
+    places = [sheet[:, (side + 4) * place :][:, :side] for place in range(8)]
+    for colour, own, decoded in zip(COLOURS, places[::2], places[1::2], strict=False):
+        asked = np.asarray(picture(colour).convert("RGB").resize((side, side)), dtype=float)
+        assert np.abs(own - asked).mean() < 5 < np.abs(decoded - asked).mean()
+
+
 def test_pictures_of_others_need_no_model(evaluate: Script, folder: Path, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(f"one {colour} box" for colour in COLOURS))
     ended = evaluate(
