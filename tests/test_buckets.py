@@ -71,6 +71,11 @@ def test_captions_are_chosen_dropped_and_framed() -> None:
     assert 40 < chosen(choice="any", first=0.6).count("b") < 120
     assert set(chosen(choice="any", first=1.0)) == {"a"}
     assert 15 < chosen(dropout=0.1).count("") < 70
+    assert set(chosen(exclude=("a",))) == set(chosen(choice="any", exclude=("x|[Aa]",))) == {"b"}
+    assert set(chosen(exclude=(".",))) == {"a"}, "a sample keeps its captions if there are no others"
+    assert chosen(choice="any", exclude=("ab?c", "")) == chosen(choice="any"), "an expression matches all of a caption"
+    with pytest.raises(ValueError, match=r"'\(a' is not a regular expression: missing \)"):
+        CaptionConfig(exclude=("(a",))
     templates = ("{caption} in {style} style", "{caption} by {artist}", "a picture of {caption}")
     assert set(chosen(templates=templates)) == {"a in flat style", "a picture of a"}
     with pytest.raises(ValueError, match="does not have"):

@@ -129,6 +129,14 @@ def test_resident_pictures_are_the_same_batches(
         assert same(taken(resident, 3, start=7, rank=1, world_size=2), taken(resident, 10, rank=1, world_size=2)[7:])
 
 
+def test_captions_of_the_mix_are_not_left_out(folders: tuple[Path, Path]) -> None:
+    settings = config(folders, captions=CaptionConfig(exclude=(r"(main|other) \d+",)))
+    for source in (IndexedShards(settings), ResidentShards(settings, CPU, workers=0)):
+        for batch in taken(source, 6):
+            for other, caption in zip(is_other(batch), batch.captions, strict=True):
+                assert caption.startswith("other 00") if other else "round" in caption, caption
+
+
 def test_resident_pictures_may_be_decoded_by_others(folders: tuple[Path, Path]) -> None:
     assert same(taken(ResidentShards(config(folders), CPU, workers=2), 3), taken(IndexedShards(config(folders)), 3))
 

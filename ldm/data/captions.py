@@ -19,6 +19,8 @@ class CaptionConfig(Config):
     choice: Literal["first", "any"] = "first"
     # With choice any: how often it is the first nevertheless, the caption of its txt.
     first: float = Field(default=0.0, ge=0, le=1)
+    # Regular expressions: what one of them matches whole is left out, unless that leaves a sample without captions.
+    exclude: tuple[str, ...] = ()
     # Probability that the caption becomes the null prompt, for classifier-free guidance.
     dropout: float = Field(default=0.0, ge=0, le=1)
     # Such as "a photo of {caption}" or "{caption}, {style} style": names other than caption are the sample's facts,
@@ -34,6 +36,16 @@ class CaptionConfig(Config):
             if "caption" not in NAME.findall(template):
                 raise ValueError(f"template {template!r} does not have {{caption}} in it")
         return templates
+
+    @field_validator("exclude")
+    @classmethod
+    def _are_expressions(cls, expressions: tuple[str, ...]) -> tuple[str, ...]:
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
+        return expressions
 
 
 def all_captions(caption: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
@@ -53,7 +65,7 @@ def choose_captions(
 
 def choose_caption(caption: str, facts: Mapping[str, Any], config: CaptionConfig, chance: Chance, where: str) -> str:
     """The caption of this step, empty for the null prompt. BadSample for a sample without words, if those are bad."""
-    known = all_captions(caption, facts)
+    known = wanted(all_captions(caption, facts), config.exclude)
     if not known:
         if config.empty == "uncond":
             return ""
@@ -66,6 +78,11 @@ def choose_caption(caption: str, facts: Mapping[str, Any], config: CaptionConfig
         return chosen
     words = {**facts, "caption": chosen}
     return NAME.sub(lambda found: str(words[found[1]]), pick(usable, chance("template")))
+
+
+def wanted(captions: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that no expression matches whole; all of them if there are no such."""
+    return tuple(one for one in captions if not any(re.fullmatch(each, one) for each in exclude)) or captions
 
 
 def which(count: int, choice: Literal["first", "any"], first: float, chance: Chance) -> int:

@@ -46,7 +46,8 @@ class IndexedShards:
     def __init__(self, config: PicturesConfig) -> None:
         self.config = config
         plain = config.pictures.model_copy(update={"mirror": 0.0, "grounds": 0.0})
-        self._as_they_are = config.model_copy(update={"pictures": plain})
+        every = config.captions.model_copy(update={"exclude": ()})
+        self._as_they_are = config.model_copy(update={"pictures": plain, "captions": every})
         self.sizes = bucket_sizes(config.pictures.side, config.buckets)
         measure = None if config.buckets is None else PICTURES
         paths = find_shards(config.shards)

@@ -113,6 +113,7 @@ def warn_of_idle_settings(recipe: Recipe) -> None:
         "mirror": data.mirror > 0,
         "grounds": data.grounds > 0,
         "mix": data.mix is not None,
+        "captions.exclude": bool(captions.exclude),
         "captions.dropout": captions.dropout > 0,
         "captions.templates": bool(captions.templates),
     }
