@@ -54,7 +54,7 @@ def begin(run: Run) -> None:
         return
     path = run.folder / RECIPE
     if path.is_file():
-        compare(flat(config.load(path, Recipe).model_dump(mode="json")), flat(run.recipe.model_dump(mode="json")), run)
+        compare(settings(config.load(path, Recipe)), settings(run.recipe), run)
     save_text(path, config.dump(run.recipe))
     about = base_of(run)
     path = run.folder / BASE
@@ -116,13 +116,19 @@ def base_of(run: Run) -> dict[str, str]:
     return {"name": run.base.name, "sha256": hashlib.sha256(parts.encode()).hexdigest()}
 
 
+def settings(recipe: Recipe) -> dict[str, object]:
+    """The values of a recipe by dotted name, and what follows for a UNet stage from those behind it: what it reads."""
+    stages = recipe.unet_training
+    trains = [any(one.train_text for one in stages[i:]) for i in range(len(stages))]
+    reads = {f"unet_training.{i}.train_text, there or later": trains[i] for i in range(len(stages))}
+    return flat(recipe.model_dump(mode="json")) | reads
+
+
 def compare(before: dict[str, object], now: dict[str, object], run: Run) -> None:
     """Say which values of what has begun are others than before. Raises SettingError for the first that may not be."""
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        # A stage that is not there trains no tower.
-        same = bool(old) == bool(new) if name.endswith(".train_text") else old == new
-        if same or not begun(name, run):
+        if old == new or not begun(name, run):
             continue
         if not any(part in FREE for part in name.split(".")):
             raise SettingError(
@@ -135,9 +141,7 @@ def compare(before: dict[str, object], now: dict[str, object], run: Run) -> None
 def begun(name: str, run: Run) -> bool:
     """Whether something was learned under a setting: by its stage or by one behind it; of no stage, by any."""
     section, _, rest = name.partition(".")
-    number, _, setting = rest.partition(".")
-    # Whether the tower learns in one UNet stage decides what all of them are given.
-    first = int(number) if section == "unet_training" and setting != "train_text" else 0
+    first = int(rest.partition(".")[0]) if section == "unet_training" else 0
     unets = [f"unet-{first + i}" for i in range(1 + len([*run.folder.glob("checkpoints/unet-*")]))]
     order = ["autoencoder", "clip", "thumbnail", *unets, "lora", "inversion", "consistency"]
     stage = unets[0] if section == "unet_training" else section.removesuffix("_training")

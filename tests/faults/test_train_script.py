@@ -22,6 +22,7 @@ from test_distributed import DIGITS, samples
 from ldm import config as configuration
 from ldm.bundle import Bundle
 from ldm.data.shards import write_shards
+from ldm.errors import SettingError
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
 from ldm.training import continuity, latents, record, update
@@ -123,8 +124,8 @@ SETTINGS = {
     "autoencoder": ("autoencoder_training.crop",),
     "clip": ("clip_training.batch_size", "clip.width"),
     "thumbnail": ("thumbnail_training", "thumbnail_training.steps"),
-    "unet-0": ("unet_training.0.pictures", "unet_training.1.train_text"),
-    "unet-1": ("unet_training.1.pictures",),
+    "unet-0": ("unet_training.0.pictures", "unet_training.0.train_text, there or later"),
+    "unet-1": ("unet_training.1.pictures", "unet_training.1.train_text"),
     "lora": ("lora_training.rank",),
     "consistency": ("consistency_training.side",),
     "evaluator": ("evaluator_training.batch_size", "evaluator.clip.width"),
@@ -169,6 +170,28 @@ def test_a_stage_that_has_not_begun_takes_another_recipe(train: Script, recipe: 
     assert (tmp_path / "run" / "unet-1.safetensors").is_file()
     recipe.write_text(DIGITS)
     check(train("unet", *flags), 2, "this run began with another recipe, unet_training.1.")
+
+
+def test_a_further_stage_may_train_the_tower_if_those_before_it_read_tokens_all_the_same(
+    recipe: Path, tmp_path: Path
+) -> None:
+    digits = configuration.load(recipe, Recipe)
+    (stage,), run = digits.unet_training, Run(digits, tmp_path)
+
+    def training(*train_text: bool) -> dict[str, object]:
+        stages = tuple(stage.model_copy(update={"train_text": one}) for one in train_text)
+        return continuity.settings(digits.model_copy(update={"unet_training": stages}))
+
+    run.product("unet-0").touch()
+    for before in (training(True), training(True, False)):
+        continuity.compare(before, training(True, True), run)
+    continuity.compare(training(False), training(False, False), run)
+    for before in (training(False), training(False, False)):
+        with pytest.raises(SettingError, match=r"unet_training.0.train_text, there or later was False and is True"):
+            continuity.compare(before, training(False, True), run)
+    run.product("unet-1").touch()
+    with pytest.raises(SettingError, match=r"unet_training.1.train_text, there or later was False and is True"):
+        continuity.compare(training(True, False), training(True, False, True), run)
 
 
 def test_what_is_free_to_change_is_taken_from_there_on(
