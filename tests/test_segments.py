@@ -3,6 +3,7 @@
 import io
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,20 @@ from PIL import Image
 
 from ldm.bundle import Bundle
 from ldm.config import parse_yaml, validate
+from ldm.data.resident import ResidentShards
 from ldm.data.shards import write_shards
 from ldm.errors import SettingError
 from ldm.evaluation.towers import open_evaluator
-from ldm.training import checkpoint
+from ldm.training import checkpoint, source
 from ldm.training.evaluator import evaluator_stage
 from ldm.training.latents import LatentCache
+from ldm.training.loop import Report
+from ldm.training.preflight import check_data
 from ldm.training.recipe import Recipe
 from ldm.training.run import Run, model_so_far
 from ldm.training.signals import EXIT_SAVED, Stopped, caught
 from ldm.training.snapshot import snapshot
-from ldm.training.stages import unet_stage
+from ldm.training.stages import clip_stage, unet_stage
 
 STAGE = {"side": 16, "pictures": 8, "steps": 5, "batch_size": 4, "learning_rate": 1e-2, "precision": "no"}
 TOWERS = {"embedding": 8, "image_size": 32, "width": 4}
@@ -90,6 +94,31 @@ def test_a_judge_is_trained_beside_the_model_and_opens_by_itself(run: Run) -> No
     assert judge.extractor.side == 32 and judge.texts(["a red", "a blue"]).shape == (2, 8)
     assert judge.clip.text.config.vocabulary == 700
     assert not run.product("clip").exists() and not run.product("text").exists()
+
+
+@pytest.mark.parametrize("stage", [clip_stage, evaluator_stage])
+def test_both_clips_see_the_same_pictures_from_memory(
+    run: Run, tmp_path: Path, stage: Callable[[Run], Iterator[Report]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = list[int]()
+    monkeypatch.setattr(source, "ResidentShards", lambda *how: kept.append(1) or ResidentShards(*how))
+    config, shape = run.recipe.evaluator_training, run.recipe.evaluator
+    assert config is not None and shape is not None
+    name = "clip_training" if stage is clip_stage else "evaluator_training"
+
+    def recipe(resident: bool, crop: str = "centre") -> Recipe:
+        sections = {"clip": shape.clip, "clip_training": None, "evaluator_training": None}
+        data = run.recipe.data.model_copy(update={"crop": crop})
+        own = config.model_copy(update={"resident": resident})
+        return run.recipe.model_copy(update={**sections, name: own, "data": data})
+
+    runs = [Run(recipe(resident), tmp_path / str(resident)) for resident in (False, True)]
+    losses = [[report.losses["loss"] for report in stage(one)] for one in runs]
+    assert losses[0] == losses[1] and kept == [1]
+    check_data(recipe(True), 8, latents=False)
+    check_data(recipe(False, "random"), 8, latents=False)
+    with pytest.raises(SettingError, match="resident: needs mode indexed, crop centre"):
+        check_data(recipe(True, "random"), 8, latents=False)
 
 
 def test_time_that_is_up_is_a_signal_like_others() -> None:

@@ -29,6 +29,8 @@ class ClipTraining(OptimizationConfig):
     loss: Literal["infonce", "sigmoid"] = "infonce"
     temperature: PositiveFloat = 0.07
     bias: float = -10.0
+    # All pictures are decoded once, at the start, and kept in memory at the side at which they are read.
+    resident: bool = False
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "ClipTraining":

@@ -27,6 +27,7 @@ def evaluator_stage(run: Run) -> Iterator[Report]:
     torch.manual_seed(seed)
     clip = Clip(shape.clip, shape.text)
     normalise_globally(clip)
+    run = run.resident() if config.resident else run
     yield from train(
         Contrast(clip, config),
         clip_losses(config),

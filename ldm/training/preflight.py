@@ -127,11 +127,14 @@ def check_data(recipe: Recipe, factor: int, latents: bool) -> None:
     square = recipe.data.model_copy(update={"buckets": None})
     if recipe.autoencoder_training is not None:
         source.check(square, recipe.autoencoder_training.batch_size, max(recipe.autoencoder_training.sides))
-    if recipe.clip_training is not None and recipe.clip is not None:
-        source.check(square, recipe.clip_training.batch_size, recipe.clip.image_size)
-    if recipe.thumbnail_training is not None:
-        held = square.model_copy(update={"resident": square.resident or recipe.thumbnail_training.resident})
-        source.check(held, recipe.thumbnail_training.batch_size, recipe.thumbnail_training.side)
+    clip, evaluator, thumbnail = recipe.clip_training, recipe.evaluator_training, recipe.thumbnail_training
+    held = square.model_copy(update={"resident": True})
+    if clip is not None and recipe.clip is not None:
+        source.check(held if clip.resident else square, clip.batch_size, recipe.clip.image_size)
+    if thumbnail is not None:
+        source.check(held if thumbnail.resident else square, thumbnail.batch_size, thumbnail.side)
+    if evaluator is not None and recipe.evaluator is not None:
+        source.check(held if evaluator.resident else square, evaluator.batch_size, recipe.evaluator.clip.image_size)
     for stage in (*recipe.unet_training, recipe.lora_training, recipe.inversion_training, recipe.consistency_training):
         if stage is None:
             continue

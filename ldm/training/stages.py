@@ -145,6 +145,7 @@ def clip_stage(run: Run) -> Iterator[Report]:
         assert run.base is not None and isinstance(run.base.text, ClipTextEncoder)  # preflight has seen to it
         clip.text.load_state_dict(run.base.text.state_dict())
     normalise_globally(clip)
+    run = run.resident() if config.resident else run
     yield from train(
         Contrast(clip, config),
         clip_losses(config),
