@@ -15,9 +15,12 @@ from PIL import Image, PngImagePlugin
 
 from ldm.bundle import Bundle
 from ldm.errors import DataError, MachineError, SettingError
+from ldm.formats.export_bundle import to_bundle
+from ldm.formats.read import open_model
 from ldm.images import read_settings, save_png
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
+from ldm.training.consistency import few_steps
 
 gr = pytest.importorskip("gradio")
 
@@ -54,7 +57,7 @@ def client(studio: Studio) -> TestClient:
 
 def typed(studio: Studio, **changed: object) -> dict[str, object]:
     """The fields of the Create screen after somebody typed something."""
-    return {**fields.defaults("tiny", studio.models.config("tiny")), **changed}
+    return {**fields.defaults("tiny", studio.models), **changed}
 
 
 def drawn(studio: Studio, **changed: object) -> list[Shown]:
@@ -130,7 +133,43 @@ def test_shape_and_quality_follow_the_models_size(studio: Studio) -> None:
     assert [fields.size_of_shape(shape, config) for shape in fields.SHAPES] == [(64, 64), (48, 80), (80, 48)]
     assert fields.shape_of_size(48, 80, config) == "Portrait" and fields.shape_of_size(64, 96, config) is None
     assert [fields.steps_of_quality(quality, config) for quality in fields.QUALITIES] == [2, 4, 8]  # its own is 4
-    assert fields.quality_of_steps(8, config) == "Best" and fields.quality_of_steps(5, config) is None
+    quality = [fields.quality_of_steps(steps, "tiny", studio.models) for steps in (8, 5)]
+    assert quality == ["Best", None]
+
+
+def test_fast_is_the_few_step_model_that_shares_networks_with_the_chosen_one(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    whole = tiny_bundle.save(tmp_path / "whole")
+    opened = open_model(whole)
+    to_bundle(tmp_path / "whole-lcm", few_steps(opened.config), opened.parts, sharing="whole")
+    models = Models(str(whole), [tmp_path])
+    assert models.few_steps == {"whole": "whole-lcm"}
+    distilled = {"model": "whole-lcm", "steps": 4, "sampler": "lcm", "schedule": "leading", "guidance_scale": 1.0}
+    assert fields.of_quality("Fast", "whole", models) == distilled
+    assert fields.of_quality("Fast", "whole-lcm", models) == {"steps": 4}
+    assert fields.of_quality("Best", "whole", models) == {"steps": 8}
+    own = fields.defaults("whole", models)
+    for quality, steps in (("Balanced", 4), ("Best", 8)):  # back to the whole model, as it wants to be drawn with
+        assert fields.of_quality(quality, "whole-lcm", models) == {name: own[name] for name in distilled} | {
+            "steps": steps
+        }
+    assert [fields.quality_of_steps(steps, "whole-lcm", models) for steps in (4, 8)] == ["Fast", None]
+    assert [fields.quality_of_steps(steps, "whole", models) for steps in (2, 4, 8)] == [None, "Balanced", "Best"]
+    assert fields.of_quality("Fast", "shapes-256", models) == {"steps": 8}, "one without has half of its own steps"
+    with pytest.raises(SettingError, match="no quality"):
+        fields.of_quality("Fastest", "whole", models)
+
+    studio = Studio(models, tmp_path / "outputs", Worker())
+    try:
+        planned = plan(studio, ("Quality", "Fast, Best", "nothing", ""), {"prompt": "a circle"}, "whole")
+        drawn = [(order.model, order.request.sampler, order.request.steps) for order in planned.orders]
+        assert drawn == [("whole-lcm", "lcm", 4), ("whole", own["sampler"], 8)]
+        planned = plan(studio, ("Quality", "Fast, Best", "Sampler", "ddim"), {"prompt": "a circle"}, "whole")
+        drawn = [(order.model, order.request.sampler, order.request.steps) for order in planned.orders]
+        assert drawn == [("whole", "ddim", 2), ("whole", "ddim", 8)], "the other axis says with what it is drawn"
+    finally:
+        studio.worker.close(60)
 
 
 def test_waiting_and_progress_are_said_in_words() -> None:
@@ -206,7 +245,7 @@ def test_settings_of_a_picture_come_back_and_say_what_they_change(studio: Studio
     info = examine(text, {settings["model_sha256"]: "tiny"})
     assert info.model == "tiny" and "steps" in info.usable
     assert [key for key, *_ in changes(info, typed(studio, prompt="a red circle", seed=8))] == ["steps", "seed"]
-    made = fields.from_picture(info.usable, info.model, studio.models.config("tiny"))
+    made = fields.from_picture(info.usable, info.model, studio.models)
     again = drawn(studio, **made)[-1].pictures
     assert again is not None
     assert Image.open(again[0].path).tobytes() == Image.open(shown[-1].pictures[0].path).tobytes()

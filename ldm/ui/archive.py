@@ -23,7 +23,7 @@ CONFIRM = (
 def used(studio: Studio, info: Info, now: str) -> list[object]:
     """The fields with the settings of a picture, as its model has the rest; without its model the chosen one stays."""
     name = info.model or now
-    return values(fields.from_picture(info.usable, name, studio.models.config(name)))
+    return values(fields.from_picture(info.usable, name, studio.models))
 
 
 def grid(

@@ -42,9 +42,12 @@ def plan(studio: Studio, axes: Sequence[object], settings: Mapping[str, object],
     x, y = axis(x_name, x_values), axis(y_name, y_values)
     orders = []
     for cell in table(x, y, {**settings, "num_images": 1, "model": model}):
-        name = str(cell.pop("model"))
         if "quality" in cell:
-            cell["steps"] = fields.steps_of_quality(str(cell.pop("quality")), studio.models.config(name))
+            quality, name = str(cell.pop("quality")), str(cell["model"])
+            moves = not {x.name, y.name} & {"Model", "Sampler", "Schedule", "Guidance"}
+            steps = {"steps": fields.steps_of_quality(quality, studio.models.config(name))}
+            cell |= fields.of_quality(quality, name, studio.models) if moves else steps
+        name = str(cell.pop("model"))
         orders.append(Order(name, studio.resolved(name, cell).model_copy(update={"batch_size": 1})))
     check_size(orders, studio.limits.max_pixels)
     return Plan(x, y, orders)
@@ -188,7 +191,7 @@ def _connect_results(
         if ready is None or index is None:
             raise SettingError("compare: no picture is chosen; press on one")
         order = ready.orders[index]
-        made = fields.from_picture(order.request.settings(), order.model, studio.models.config(order.model))
+        made = fields.from_picture(order.request.settings(), order.model, studio.models)
         return [*values(made), gr.update(selected=home)]
 
     def save(ready: Plan | None, pictures: tuple[Picture, ...]) -> tuple[str, str]:

@@ -96,7 +96,7 @@ def build(studio: Studio, history: History) -> Create:
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 stop = gr.Button("Stop", variant="stop", elem_id="stop")
                 skip = gr.Button("Skip", elem_id="skip")
-            made |= _fields(studio, fields.defaults(first, config))
+            made |= _fields(studio, fields.defaults(first, studio.models))
             with gr.Column(elem_id="examples"):
                 offered = [gr.Button(text, size="sm", visible=bool(text)) for text in examples(config)]
         with gr.Column(scale=7, min_width=300, elem_classes="result"):
@@ -298,7 +298,11 @@ def _connect_fields(studio: Studio, screen: Create) -> None:
     made, config = screen.fields, studio.models.config
 
     def of_model(name: str, *kept: object) -> list[object]:
-        return values({**fields.defaults(name, config(name)), **dict(zip(KEPT_BETWEEN_MODELS, kept, strict=True))})
+        return values({**fields.defaults(name, studio.models), **dict(zip(KEPT_BETWEEN_MODELS, kept, strict=True))})
+
+    def of_quality(quality: str, model: str) -> list[object]:
+        moved = fields.of_quality(quality, model, studio.models)
+        return [moved.get(name, gr.skip()) for name in fields.PACE]
 
     # Fields take whatever is typed; what is wrong with it is said when it is used.
     look = {**LOOK, "preprocess": False}
@@ -313,12 +317,9 @@ def _connect_fields(studio: Studio, screen: Create) -> None:
         lambda width, height, model: fields.shape_of_size(width, height, config(model)),
         [made["width"], made["height"], made["model"]], made["shape"], **look,
     )  # fmt: skip
-    made["quality"].input(
-        lambda quality, model: fields.steps_of_quality(quality, config(model)),
-        [made["quality"], made["model"]], made["steps"], **look,
-    )  # fmt: skip
+    made["quality"].input(of_quality, [made["quality"], made["model"]], [made[name] for name in fields.PACE], **look)
     made["steps"].input(
-        lambda steps, model: fields.quality_of_steps(steps, config(model)),
+        lambda steps, model: fields.quality_of_steps(steps, model, studio.models),
         [made["steps"], made["model"]], made["quality"], **look,
     )  # fmt: skip
     gr.on(

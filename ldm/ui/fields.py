@@ -7,6 +7,7 @@ from ldm.errors import SettingError
 from ldm.models.model_config import ModelConfig
 from ldm.models.text import ClipTextConfig, escape_special, tokenizer
 from ldm.request import RANDOM_SEED, shown
+from ldm.ui.models import Models
 
 NEW_SEED, KEEP_SEED = "New each time", "Keep"
 SHAPES = {"Square": (1, 1), "Portrait": (3, 4), "Landscape": (4, 3)}
@@ -16,6 +17,8 @@ NAMES = (
     *("prompt", "negative_prompt", "shape", "quality", "steps", "num_images", "model", "sampler", "schedule"),
     *("guidance_scale", "seed", "seed_mode", "width", "height", "preview"),
 )
+# What a quality may change.
+PACE = ("steps", "model", "sampler", "schedule", "guidance_scale")
 # Those that are settings of a request under the same name.
 SETTINGS = (
     *("prompt", "negative_prompt", "steps", "num_images", "sampler", "schedule", "guidance_scale", "width", "height"),
@@ -66,9 +69,27 @@ def steps_of_quality(quality: str, config: ModelConfig) -> int:
     return min(steps, config.noise_schedule.timesteps)
 
 
-def quality_of_steps(steps: object, config: ModelConfig) -> str | None:
+def of_quality(quality: str, name: str, models: Models) -> dict[str, object]:
+    """The fields that a quality moves: the steps, or between a model and its few-step one all of `PACE`.
+
+    Where a model has a few-step one beside it, that one is Fast. Raises SettingError for another name.
+    """
+    few = models.few_steps
+    base = next((whole for whole, distilled in few.items() if distilled == name), name)
+    wanted = few[base] if quality == "Fast" and base in few else base
+    moved = defaults(wanted, models)
+    if wanted == base:
+        moved["steps"] = steps_of_quality(quality, models.config(base))
+    return {field: moved[field] for field in (PACE if wanted != name else PACE[:1])}
+
+
+def quality_of_steps(steps: object, name: str, models: Models) -> str | None:
     """The quality that has so many steps with this model, if one has; Balanced before the others."""
-    order = sorted(QUALITIES, key="Balanced".__ne__)
+    config = models.config(name)
+    if name in models.few_steps.values():
+        return "Fast" if steps == config.sampling.steps else None
+    others = [quality for quality in QUALITIES if quality != "Fast" or name not in models.few_steps]
+    order = sorted(others, key="Balanced".__ne__)
     return next((quality for quality in order if steps_of_quality(quality, config) == steps), None)
 
 
@@ -77,14 +98,15 @@ def whole(value: object, otherwise: int) -> int:
     return int(value) if isinstance(value, int | float) and math.isfinite(value) else otherwise
 
 
-def defaults(name: str, config: ModelConfig) -> dict[str, object]:
+def defaults(name: str, models: Models) -> dict[str, object]:
     """Every field as a model wants it, with an empty prompt."""
+    config = models.config(name)
     sampling = config.sampling
     return {
         "prompt": "",
         "negative_prompt": "",
         "shape": shape_of_size(sampling.width, sampling.height, config),
-        "quality": quality_of_steps(sampling.steps, config),
+        "quality": quality_of_steps(sampling.steps, name, models),
         "steps": sampling.steps,
         "num_images": 1,
         "model": name,
@@ -99,12 +121,12 @@ def defaults(name: str, config: ModelConfig) -> dict[str, object]:
     }
 
 
-def from_picture(usable: Mapping[str, object], model: str, config: ModelConfig) -> dict[str, object]:
-    """Every field as the settings of a picture have it, as the model `config` has it where they are silent."""
-    made = {**defaults(model, config), **{key: value for key, value in usable.items() if key in NAMES}}
+def from_picture(usable: Mapping[str, object], model: str, models: Models) -> dict[str, object]:
+    """Every field as the settings of a picture have it, as the model has it where they are silent."""
+    made = {**defaults(model, models), **{key: value for key, value in usable.items() if key in NAMES}}
     made["model"], made["num_images"] = model, 1
-    made["shape"] = shape_of_size(made["width"], made["height"], config)
-    made["quality"] = quality_of_steps(made["steps"], config)
+    made["shape"] = shape_of_size(made["width"], made["height"], models.config(model))
+    made["quality"] = quality_of_steps(made["steps"], model, models)
     made["seed_mode"] = KEEP_SEED if made["seed"] is not None else NEW_SEED
     return made
 

@@ -12,12 +12,15 @@ from ldm.bundle import Bundle
 from ldm.errors import ModelError, SettingError
 from ldm.formats.describe import layout
 from ldm.formats.finding import bundled_names, find
+from ldm.formats.manifest import read_manifest
 from ldm.formats.read import open_model
 from ldm.models.model_config import ModelConfig
 from ldm.pipeline import TextToImage
 from ldm.request import one_of
 
 WEIGHTS = (".safetensors", ".ckpt")
+FEW_STEPS = ("lcm", "tcd")
+"""The samplers of distilled models."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,17 @@ class Models:
             except ModelError:
                 continue
         return found
+
+    @cached_property
+    def few_steps(self) -> dict[str, str]:
+        """The models here that have a distilled one beside them, which shares networks with them, and its name."""
+        names = {offer.path.resolve(): offer.name for offer in self.offers.values()}
+        found = {}
+        for offer in self.offers.values():
+            if offer.config.sampling.sampler in FEW_STEPS and layout(offer.path) == "bundle":
+                for beside in read_manifest(offer.path).shared.values():
+                    found[names.get((offer.path.parent / beside).resolve(), "")] = offer.name
+        return {whole: few for whole, few in found.items() if whole}
 
     @property
     def loaded(self) -> tuple[str, TextToImage] | None:
