@@ -31,12 +31,13 @@ def check_names(device: str, dtype: str) -> None:
         raise SettingError(f"dtype: no dtype {dtype!r}{nearest(dtype[:100], DTYPES)}; use one of {', '.join(DTYPES)}")
 
 
-def keep_freed_memory(largest: int = 2**30, most: int = 2**30) -> None:
+def keep_freed_memory(largest: int = 2**30, most: int = 2**30, heaps: int | None = 1) -> None:
     """Have the C library give freed memory to the next tensor instead of back to the system, where it is glibc.
 
     Large tensors come and go with every layer, and the system clears every page that it gives out. Of itself glibc
     keeps no block of more than 32 MB; `largest`, in bytes, is more. Of what is free at the heap's end it keeps `most`.
-    And all threads share one heap, so that what one has freed is there for the others.
+    And all threads share one heap, so that what one has freed is there for the others. Training wants `heaps` None,
+    glibc's own number: gradients are computed in another thread than losses, and both would wait for one heap.
     """
     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h
     threshold_of_trim, threshold_of_mmap, most_heaps = -1, -3, -8
@@ -46,7 +47,8 @@ def keep_freed_memory(largest: int = 2**30, most: int = 2**30) -> None:
     # Older versions refuse more than 32 MB. Where none is taken, glibc's own rule, which learns, is the better one.
     if any(set_option(threshold_of_mmap, size) for size in (largest, min(largest, 2**25))):
         set_option(threshold_of_trim, most)
-    set_option(most_heaps, 1)
+    if heaps is not None:
+        set_option(most_heaps, heaps)
 
 
 def give_back_freed_memory() -> None:

@@ -101,7 +101,7 @@ def allocating(step: Callable[[], object], largest: int) -> Callable[[], object]
     from ldm.machine import keep_freed_memory
 
     def run_so() -> object:
-        keep_freed_memory(largest)
+        keep_freed_memory(largest, heaps=None)
         return step()
 
     return run_so

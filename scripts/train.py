@@ -93,7 +93,7 @@ def conducted(args: "argparse.Namespace", recipe: "Recipe") -> int:
     from ldm.training.workers import workers
 
     me = workers()
-    keep_freed_memory()
+    keep_freed_memory(heaps=None)
     with signals.caught(args.minutes) as stop:
         record = Record(args.run_dir, me)
         try:

