@@ -1,6 +1,6 @@
 # Everything a person types here. `make` alone lists the targets.
 #
-#   make image PROMPT="a 3D emoji of a red apple" [STEPS=30] [SEED=1] [MODEL=shapes-256]
+#   make image PROMPT="a 3D emoji of a red apple" [STEPS=30] [SEED=1] [MODEL=emoji-256-lcm]
 #   make … PYTHON=python3.12     the interpreter that makes .venv; 3.11 or newer
 #   make … EXTRAS=ui,dev,parity  what is installed beside the core
 #   make test PROCESSES=2        how many tests run beside each other, with one core each

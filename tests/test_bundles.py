@@ -8,6 +8,7 @@ import pytest
 from ldm.bundle import Bundle, read_config, verify
 from ldm.evaluation.scores import score_shapes
 from ldm.formats.finding import DEFAULT, FOLDER, SHAPES, bundled_names, find
+from ldm.formats.manifest import read_manifest
 from ldm.models.autoencoder import AutoencoderConfig, KLAutoencoder
 from ldm.pipeline import TextToImage
 from ldm.request import GenerationRequest
@@ -43,6 +44,16 @@ def test_most_of_a_few_prompts_are_drawn_right(shipped: Bundle) -> None:
     request = GenerationRequest(prompt="any", steps=10, batch_size=4)
     images = engine.draw(PROMPTS, [11, 12, 13, 14], request)
     assert score_shapes(PROMPTS, images).colour_and_shape.right >= 2
+
+
+def test_few_step_bundle_is_the_default_one_but_for_its_unet_and_draws_what_it_is_asked_for() -> None:
+    name = f"{DEFAULT}-lcm"
+    assert read_manifest(find(name)).shared == {"autoencoder": DEFAULT, "text": DEFAULT}
+    bundle = Bundle.load(name)
+    own = bundle.config.sampling
+    assert (own.sampler, own.steps, own.guidance_scale) == ("lcm", 4, 1.0)
+    images = TextToImage(bundle).draw(PROMPTS, [11, 12, 13, 14], GenerationRequest(prompt="any", batch_size=4))
+    assert score_shapes(PROMPTS, images).colour_and_shape.right >= 3
 
 
 def test_default_bundle_draws_a_red_apple_on_the_ground_that_is_asked_for() -> None:

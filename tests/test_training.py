@@ -426,7 +426,9 @@ def test_every_recipe_is_valid_and_builds(path: Path) -> None:
     from ldm.models.model_config import build
 
     recipe = configuration.load(path, Recipe)
-    assert recipe.model is not None
+    if recipe.model is None:  # it changes something of a `--base`
+        assert recipe.consistency_training is not None
+        return
     with torch.device("meta"):
         *_, unet = build(recipe.model)
     assert recipe.unet_training and sum(p.numel() for p in unet.parameters()) > 0

@@ -166,6 +166,25 @@ def test_fields_move_one_another(user: User) -> None:
     choice("Square").to_be_checked()
 
 
+def test_fast_is_the_few_step_model_and_balanced_leads_back(user: User) -> None:
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=PATIENCE)
+    user.opens_advanced()
+    model, steps = user.page.get_by_label("Model", exact=True), user.page.locator("#steps input[type=number]")
+    model.click()
+    user.page.get_by_role("option", name="emoji-256", exact=True).click()
+    expect(steps).to_have_value("15")
+    for quality, name, count in (("Fast", "emoji-256-lcm", "4"), ("Balanced", "emoji-256", "15")):
+        user.page.get_by_label(quality, exact=True).check()
+        expect(model).to_have_value(name)
+        expect(steps).to_have_value(count)
+        expect(user.page.get_by_label(quality, exact=True)).to_be_checked()
+    model.click()
+    user.page.get_by_role("option", name="emoji-256-lcm", exact=True).click()
+    expect(user.page.get_by_label("Fast", exact=True)).to_be_checked()
+
+
 def test_each_model_offers_the_prompts_that_it_names(user: User) -> None:
     from playwright.sync_api import expect
 
