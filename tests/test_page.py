@@ -143,7 +143,10 @@ def test_fast_is_the_few_step_model_that_shares_networks_with_the_chosen_one(
     whole = tiny_bundle.save(tmp_path / "whole")
     opened = open_model(whole)
     to_bundle(tmp_path / "whole-lcm", few_steps(opened.config), opened.parts, sharing="whole")
+    to_bundle(tmp_path / "alone-lcm", few_steps(opened.config), opened.parts)
+    (tmp_path / "alone-lcm" / "manifest.json").unlink()
     models = Models(str(whole), [tmp_path])
+    assert "alone-lcm" in models.names
     assert models.few_steps == {"whole": "whole-lcm", "emoji-256": "emoji-256-lcm"}
     distilled = {"model": "whole-lcm", "steps": 4, "sampler": "lcm", "schedule": "leading", "guidance_scale": 1.0}
     assert fields.of_quality("Fast", "whole", models) == distilled

@@ -421,14 +421,29 @@ def test_idx_files_are_read_and_torn_ones_refused(tmp_path: Path) -> None:
         load(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+DISTILLED = {"emoji-256-lcm": "emoji-256"}  # recipe → that of its `--base`
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in DISTILLED],
+    ids=lambda path: path.stem,
+)
 def test_every_recipe_is_valid_and_builds(path: Path) -> None:
     from ldm.models.model_config import build
 
     recipe = configuration.load(path, Recipe)
-    if recipe.model is None:  # it changes something of a `--base`
-        assert recipe.consistency_training is not None
-        return
+    assert recipe.model is not None
     with torch.device("meta"):
         *_, unet = build(recipe.model)
     assert recipe.unet_training and sum(p.numel() for p in unet.parameters()) > 0
+
+
+@pytest.mark.parametrize(("name", "base"), DISTILLED.items())
+def test_recipe_of_a_few_step_model_has_the_data_the_size_and_the_guidance_of_its_base(name: str, base: str) -> None:
+    recipe, teacher = (configuration.load(ROOT / "configs" / f"{one}.yaml", Recipe) for one in (name, base))
+    stage, sampling = recipe.consistency_training, teacher.model.sampling if teacher.model is not None else None
+    assert recipe.name == name and recipe.model is None and stage is not None and sampling is not None
+    assert (stage.side, stage.guidance_scale) == (sampling.width, sampling.guidance_scale)
+    assert (recipe.data.shards, recipe.data.captions) == (teacher.data.shards, teacher.data.captions)
+    assert recipe.sample_prompts

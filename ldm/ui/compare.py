@@ -19,6 +19,8 @@ from ldm.ui.studio import Studio
 from ldm.ui.watching import watch
 from ldm.ui.worker import State
 
+SAYS_HOW = {"Model", "Sampler", "Schedule", "Guidance"}
+"""Axes of what a quality may move beside the steps."""
 INTRODUCTION = "Prompt and all other settings are those of the Create screen. Every picture is saved on its own."
 
 
@@ -44,9 +46,10 @@ def plan(studio: Studio, axes: Sequence[object], settings: Mapping[str, object],
     for cell in table(x, y, {**settings, "num_images": 1, "model": model}):
         if "quality" in cell:
             quality, name = str(cell.pop("quality")), str(cell["model"])
-            moves = not {x.name, y.name} & {"Model", "Sampler", "Schedule", "Guidance"}
-            steps = {"steps": fields.steps_of_quality(quality, studio.models.config(name))}
-            cell |= fields.of_quality(quality, name, studio.models) if moves else steps
+            moved = fields.of_quality(quality, name, studio.models)
+            if {x.name, y.name} & SAYS_HOW:  # which then holds for every quality
+                moved = {"steps": fields.steps_of_quality(quality, studio.models.config(name))}
+            cell |= moved
         name = str(cell.pop("model"))
         orders.append(Order(name, studio.resolved(name, cell).model_copy(update={"batch_size": 1})))
     check_size(orders, studio.limits.max_pixels)

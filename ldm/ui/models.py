@@ -9,18 +9,18 @@ import torch
 
 from ldm import bundle
 from ldm.bundle import Bundle
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import ModelError, SettingError
-from ldm.formats.describe import layout
+from ldm.formats.describe import BUNDLE_PARTS, layout
 from ldm.formats.finding import bundled_names, find
-from ldm.formats.manifest import read_manifest
+from ldm.formats.pieces import weight_files
 from ldm.formats.read import open_model
 from ldm.models.model_config import ModelConfig
 from ldm.pipeline import TextToImage
 from ldm.request import one_of
 
 WEIGHTS = (".safetensors", ".ckpt")
-FEW_STEPS = ("lcm", "tcd")
-"""The samplers of distilled models."""
+DISTILLED = {name for name, method in SAMPLERS.items() if method.distilled}
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ class Models:
     def few_steps(self) -> dict[str, str]:
         """The models here that have a distilled one beside them, which shares networks with them, and its name."""
         names = {offer.path.resolve(): offer.name for offer in self.offers.values()}
-        found = {}
-        for offer in self.offers.values():
-            if offer.config.sampling.sampler in FEW_STEPS and layout(offer.path) == "bundle":
-                for beside in read_manifest(offer.path).shared.values():
-                    found[names.get((offer.path.parent / beside).resolve(), "")] = offer.name
-        return {whole: few for whole, few in found.items() if whole}
+        found: dict[str, str] = {}
+        for path, name in names.items():
+            if self.offers[name].config.sampling.sampler in DISTILLED and layout(path) == "bundle":
+                folders = {weight_files(path, part)[0].parent.resolve() for part in BUNDLE_PARTS}
+                found |= {names[folder]: name for folder in folders & names.keys() - {path}}
+        return found
 
     @property
     def loaded(self) -> tuple[str, TextToImage] | None:
